@@ -1,4 +1,4 @@
-"""The demo's world: a camera that sees numbered events among idle frames, and what there is to say.
+"""The demo's world: a camera that sees numbered events among idle frames, and what to say.
 
 One second of video is two frames of 56 x 56 pixels (Qwen2-VL's sampling rate and one temporal
 patch), hence one time step of 2 x 2 video tokens. An idle second is grey noise. An event fills one
@@ -129,7 +129,7 @@ def narration(clip: Clip) -> str:
 
 def attributes_right(text: str, clip: Clip) -> float:
     """Share of the clip's colours and patterns that `text` tells under the right tag, 0..1."""
-    told = {}
+    told: dict[str, list[str]] = {}
     for line in text.split("\n"):
         words = line.split()
         if len(words) == 3 and words[0].startswith("#"):

@@ -1,4 +1,4 @@
-"""The demo model: a tiny trained `Qwen2VLForConditionalGeneration`, its tokenizer and its inputs."""
+"""The demo model: a tiny trained Qwen2-VL, its tokenizer and its inputs."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ VIDEO_TOKEN = VOCABULARY["<|video_pad|>"]
 
 
 def new_model() -> Qwen2VLForConditionalGeneration:
-    """The untrained model, float32, from torch's global seed: 2.5M parameters, vocabulary of 64."""
+    """The untrained model, float32, 2.5M parameters, from torch's global seed."""
     from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
     hidden = 256

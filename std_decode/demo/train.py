@@ -1,9 +1,9 @@
 """Train the demo model from nothing: ``python -m std_decode.demo.train --help``.
 
-The curriculum goes from short clips to long ones. Two things make the model good at clips far longer
-than a batch can hold: most seconds are idle, and the seconds' temporal positions are spread at
-random over a longer range of position ids, so that no distance is new to it. To scale up, add
-stages; to go on after an interruption, run the same command again.
+The curriculum goes from short clips to long ones. Two things make the model good at clips far
+longer than a batch can hold: most seconds are idle, and the seconds' temporal positions are
+spread at random over a longer range of position ids, so that no distance is new to it. To scale
+up, add stages; to go on after an interruption, run the same command again.
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ def training_batch(model, tokenizer, stage: Stage, rng: np.random.Generator) -> 
 
 @torch.no_grad()
 def narrated_right(model, tokenizer, seconds: int, clips: int, seed: int, events: int = 8):
-    """Share of colours and patterns narrated right by greedy decoding, over `clips` unseen clips."""
+    """Share of colours and patterns narrated right, greedily, over `clips` unseen clips."""
     from std_decode.demo.model import generate_inputs
 
     rng, right = np.random.default_rng(seed), 0.0
@@ -141,7 +141,7 @@ def narrated_right(model, tokenizer, seconds: int, clips: int, seed: int, events
 
 
 def save(model, tokenizer, folder: Path) -> None:
-    """Write the model in bfloat16 (half the bytes; measured on the rounded weights) and tokenizer."""
+    """Write model and tokenizer; the weights in bfloat16, as they were when measured."""
     stored = new_model()
     stored.load_state_dict(model.state_dict())
     stored.to(torch.bfloat16).save_pretrained(folder)
@@ -205,15 +205,23 @@ def write_state(state_file: Path, model, optimizer, rng, done: int) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m std_decode.demo.train", description=__doc__)
-    parser.add_argument("--state", type=Path, default=Path("demo-training.pt"),
-                        help="progress; an existing file is continued (default: %(default)s)")  # fmt: skip
-    parser.add_argument("--out", type=Path, default=FOLDER, help="where the model goes")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--seconds", type=int, default=32,
-                        help="train on the stages up to this length (default: %(default)s)")  # fmt: skip
-    parser.add_argument("--export", action="store_true",
-                        help="write the model as the state file has it, train nothing")  # fmt: skip
+    add = parser.add_argument
+    add(
+        "--state",
+        type=Path,
+        default=Path("demo-training.pt"),
+        help="progress; an existing file is continued (default: %(default)s)",
+    )
+    add("--out", type=Path, default=FOLDER, help="folder for the model (default: the package's)")
+    add("--seed", type=int, default=0, help="of weights and clips (default: %(default)s)")
+    add("--threads", type=int, default=1, help="CPU threads (default: %(default)s)")
+    add(
+        "--seconds",
+        type=int,
+        default=512,
+        help="train on the stages up to clips of this length (default: %(default)s)",
+    )
+    add("--export", action="store_true", help="write the state's model, train nothing")
     options = parser.parse_args(argv)
     stages = tuple(stage for stage in CURRICULUM if stage.seconds <= options.seconds)
     if not options.export:

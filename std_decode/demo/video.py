@@ -22,7 +22,7 @@ class VideoError(ValueError):
 
 
 def render(clip: Clip, path: Path, rng: np.random.Generator) -> None:
-    """Film `clip` with a noisy camera into an H.264 file of 224 x 224 pixels, two frames a second."""
+    """Film `clip` into an H.264 file: 224 x 224 noisy pixels, two frames a second."""
     import av
 
     side = FRAME * SCALE
@@ -44,8 +44,8 @@ def read(path: Path) -> tuple[np.ndarray, Clip | None]:
     """Decode any video file to what the demo model sees.
 
     Returns:
-        uint8 RGB ``[2 * seconds, 56, 56, 3]``, sampled at two frames a second, and the clip that was
-        rendered into the file, or None if it is no file of `render`.
+        uint8 RGB ``[2 * seconds, 56, 56, 3]``, sampled at two frames a second, and the clip that
+        was rendered into the file, or None if it is no file of `render`.
 
     Raises:
         VideoError: missing, a folder, empty, no video, or cut off.

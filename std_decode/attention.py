@@ -1,0 +1,189 @@
+"""The attention a patched model runs: its own at prefill, sparse to draft, dense to verify.
+
+transformers looks attention and mask functions up by the name in ``config._attn_implementation``.
+For the length of one forward pass that name is ours, and it spells which implementation it stands
+in for, so that a module outside the running pass (another model that shares the config object, a
+call from another thread) gets exactly what it would have got.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, PreTrainedConfig
+from transformers.masking_utils import AttentionMaskInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from std_decode.cache import BufferLayer, SparseToDenseCache
+from std_decode.selection import Selection
+from std_kernels import (
+    score_keys,
+    sparse_attention,
+    verify_attention,
+    verify_attention_with_scores,
+)
+
+PREFIX = "std_decode_over_"
+Phase = Literal["prefill", "draft", "verify"]
+
+
+@dataclass
+class Pass:
+    """One forward pass, as its attention layers need to know it.
+
+    Attributes:
+        layers: the attention modules that take part.
+        selection: None where nothing will be drafted, hence nothing is scored.
+        rescore: whether verification hands out scores for a new selection.
+    """
+
+    phase: Phase
+    cache: SparseToDenseCache
+    layers: frozenset[nn.Module]
+    selection: Selection | None = None
+    rescore: bool = False
+
+
+_running: ContextVar[Pass | None] = ContextVar("std_decode_pass", default=None)
+_switch_lock = threading.Lock()
+_switched: dict[int, tuple[int, str]] = {}  # id(config) -> passes under way, name replaced
+
+
+@contextmanager
+def attention_of(config: PreTrainedConfig, running: Pass) -> Iterator[None]:
+    """Run the forward pass inside with our attention, in this context (thread) only."""
+    with _switch_lock:
+        passes, replaced = _switched.get(id(config), (0, config._attn_implementation))
+        if passes == 0:
+            config._attn_implementation = _registered(replaced)
+        _switched[id(config)] = passes + 1, replaced
+    token = _running.set(running)
+    try:
+        yield
+    finally:
+        _running.reset(token)
+        with _switch_lock:
+            passes, replaced = _switched.pop(id(config))
+            if passes > 1:
+                _switched[id(config)] = passes - 1, replaced
+            else:
+                config._attn_implementation = replaced
+
+
+def _registered(replaced: str) -> str:
+    name = PREFIX + replaced
+    AttentionInterface.register(name, partial(_attention, replaced=replaced))
+    if replaced in AttentionMaskInterface._global_mapping:
+        AttentionMaskInterface.register(name, partial(_mask, replaced=replaced))
+    return name
+
+
+def _replaced_attention(module: nn.Module, name: str) -> Callable:
+    """The function `module` would call under `name`; eager ones live in the model's own file."""
+    file = sys.modules[type(module).__module__]
+    interface = getattr(file, "ALL_ATTENTION_FUNCTIONS", ALL_ATTENTION_FUNCTIONS)
+    return interface.get_interface(name, getattr(file, "eager_attention_forward", None))
+
+
+def _mask(*args, replaced: str, **kwargs):
+    running = _running.get()
+    if running is not None and running.phase != "prefill":
+        return None  # our ops go by lengths
+    return AttentionMaskInterface._global_mapping[replaced](*args, **kwargs)
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    replaced: str,
+    **kwargs,
+) -> tuple[Tensor, Tensor | None]:
+    running = _running.get()
+    dense = _replaced_attention(module, replaced)
+    if running is None or module not in running.layers:
+        return dense(module, query, key, value, attention_mask, **kwargs)
+    layer = running.cache.layers[module.layer_idx]
+    options = _options(query, kwargs)
+    if running.phase == "prefill":
+        if running.selection is not None and layer.window is None:
+            layer.scores = _score_prompt(running.cache, running.selection, query, key, options)
+        return dense(module, query, key, value, attention_mask, **kwargs)
+    attend = _draft if running.phase == "draft" else _verify
+    out = attend(running, layer, query, key, value, options)
+    return out.transpose(1, 2).contiguous(), None
+
+
+def _options(query: Tensor, kwargs: dict) -> dict:
+    """What changes the logits, under the names of the ops: Gemma 2 has soft caps, gpt-oss
+    sinks."""
+    sinks = kwargs.get("s_aux")
+    return {
+        "scale": kwargs.get("scaling"),
+        "softcap": kwargs.get("softcap"),
+        "sinks": None if sinks is None else sinks.to(query.device, torch.float32),
+    }
+
+
+def _score_prompt(
+    cache: SparseToDenseCache, selection: Selection, query: Tensor, key: Tensor, options: dict
+) -> Tensor:
+    return score_keys(
+        query[:, :, -selection.window :],
+        key,
+        _on(query, cache.span.kv_len),
+        kv_start=_on(query, cache.kv_start),
+        num_queries=_on(query, selection.observers),
+        **options,
+    )
+
+
+def _draft(
+    running: Pass, layer: BufferLayer, query: Tensor, key: Tensor, value: Tensor, options: dict
+) -> Tensor:
+    if layer.window is not None:
+        return _verify(running, layer, query, key, value, options)
+    out, lse = sparse_attention(
+        query,
+        key,
+        value,
+        layer.indices,
+        _on(query, running.cache.tail_start),
+        _on(query, running.cache.span.kv_len),
+        **options,
+    )
+    layer.draft_lse.append(lse)
+    return out
+
+
+def _verify(
+    running: Pass, layer: BufferLayer, query: Tensor, key: Tensor, value: Tensor, options: dict
+) -> Tensor:
+    kv_len = _on(query, running.cache.span.kv_len)
+    kv_start = _on(query, running.cache.kv_start)
+    if running.rescore and layer.window is None:
+        out, lse, layer.scores = verify_attention_with_scores(
+            query, key, value, kv_len, layer.lse_estimate(), kv_start=kv_start, **options
+        )
+        layer.dense_lse = lse[..., -1:]
+        return out
+    out, _ = verify_attention(
+        query, key, value, kv_len, kv_start=kv_start, window=layer.window, **options
+    )
+    return out
+
+
+def _on(query: Tensor, tensor: Tensor | None) -> Any:
+    return None if tensor is None else tensor.to(query.device)

@@ -1,0 +1,177 @@
+"""Which models can be patched, and which calls of a patched model have to run as unpatched."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from std_decode.attention import Pass, Phase, attention_of
+from std_decode.cache import SparseToDenseCache
+from std_decode.selection import plan_selection
+
+SUPPORTED = (
+    "supported are decoder-only generative models of transformers whose layers are causal full or "
+    "sliding-window self-attention, among them Qwen2-VL, LLaVA-OneVision and Llama"
+)
+_LAYER_TYPES = {"full_attention", "sliding_attention"}
+_POSITION_DEPENDENT_ROPE = {"dynamic", "longrope"}
+
+
+def attention_layers(model: PreTrainedModel) -> frozenset[nn.Module]:
+    """The attention modules of `model`'s text decoder, once it is known to be eligible.
+
+    Raises:
+        TypeError: `model` is no generative transformers model.
+        NotImplementedError: it is, but not of a supported kind; the message says what is in the
+        way.
+    """
+    if not isinstance(model, PreTrainedModel) or not isinstance(model, GenerationMixin):
+        raise TypeError(
+            f"patch: model is {type(model).__name__}, expected a transformers model that can "
+            "generate(); load it with a class such as Qwen2VLForConditionalGeneration"
+        )
+    name = type(model).__name__
+    if model.config.is_encoder_decoder:
+        raise NotImplementedError(f"patch: {name} is an encoder-decoder model; {SUPPORTED}")
+    decoder = model.get_decoder()
+    config = decoder.config
+    if not model._supports_attention_backend:
+        raise NotImplementedError(
+            f"patch: {name} does not take custom attention functions "
+            f"(_supports_attention_backend is False); {SUPPORTED}"
+        )
+    types = set(getattr(config, "layer_types", None) or ()) - _LAYER_TYPES
+    cache_types = {type(layer) for layer in DynamicCache(config=config).layers}
+    types |= {t.__name__ for t in cache_types - {DynamicLayer, DynamicSlidingWindowLayer}}
+    if types or getattr(config, "attention_chunk_size", None) is not None:
+        found = ", ".join(sorted(types)) or "chunked attention"
+        raise NotImplementedError(f"patch: {name} has layers of type {found}; {SUPPORTED}")
+    layers = frozenset(
+        module
+        for module in decoder.modules()
+        if isinstance(getattr(module, "layer_idx", None), int)
+        and getattr(module, "is_causal", False)
+        and getattr(module, "config", None) is config
+    )
+    if sorted(layer.layer_idx for layer in layers) != list(range(config.num_hidden_layers)):
+        raise NotImplementedError(
+            f"patch: {name} has {len(layers)} causal attention modules for "
+            f"{config.num_hidden_layers} decoder layers, expected one each; {SUPPORTED}"
+        )
+    _probe(model, decoder, layers)
+    return layers
+
+
+@torch.no_grad()
+def _probe(model: PreTrainedModel, decoder: nn.Module, layers: frozenset[nn.Module]) -> None:
+    """Run a few tokens through our attention and through the model's own, and compare.
+
+    Additive biases, cross-attention, unequal K and V head dims and whatever else a configuration
+    does not tell show here: as an error in our ops, or as a different result.
+    """
+    name = type(model).__name__
+    device = model.get_input_embeddings().weight.device
+    ids = torch.arange(9, device=device)[None] % decoder.config.get_text_config().vocab_size
+    positions = torch.arange(9, device=device)[None]
+    expected = decoder(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state
+    template = DynamicCache(config=decoder.config)
+    cache = SparseToDenseCache(template, 9, batch=1, device=device)
+    selection = plan_selection(torch.zeros_like(ids[:, :5], dtype=torch.bool), None, 1)
+    try:
+        phases: list[tuple[Phase, int, int]] = [("prefill", 0, 5), ("verify", 5, 9)]
+        for phase, start, end in phases:
+            cache.expect(end - start)
+            with attention_of(decoder.config, Pass(phase, cache, layers, selection)):
+                got = decoder(
+                    input_ids=ids[:, start:end],
+                    position_ids=positions[:, start:end],
+                    past_key_values=cache,
+                    use_cache=True,
+                ).last_hidden_state
+            cache.length = end
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise NotImplementedError(
+            f"patch: {name} did not run a trial through the sparse-to-dense attention "
+            f"({error}); {SUPPORTED}"
+        ) from error
+    scored = [layer.window is not None or layer.scores is not None for layer in cache.layers]
+    difference = (got - expected[:, 5:]).float().abs().max() / expected.float().abs().max()
+    # A wrong mask or bias is off by the order of 1; rounding, even bfloat16's, is far below.
+    if not all(scored) or not difference < 0.1:
+        raise NotImplementedError(
+            f"patch: the attention of {name} is not the causal softmax attention that was "
+            f"expected (a trial differs by {difference:.1%}); {SUPPORTED}"
+        )
+
+
+def fallback_reason(
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    config: GenerationConfig,
+    synced_gpus: bool,
+    kwargs: dict[str, Any],
+) -> str | None:
+    """Why this generate call has to run as unpatched, or None."""
+    cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
+    fresh_cache = (
+        isinstance(cache, DynamicCache)
+        and type(cache) is DynamicCache
+        and not cache.offloading
+        and not getattr(cache, "_is_user_defined", False)
+        and cache.get_seq_length() == 0
+    )
+    reasons = {
+        "the model is in training mode; call model.eval()": model.training,
+        "use_cache is off": not kwargs.get("use_cache"),
+        "the cache was given by the caller or is no DynamicCache": not fresh_cache,
+        "attentions or hidden states are returned": config.output_attentions
+        or config.output_hidden_states,
+        "prefill is chunked": config.prefill_chunk_size is not None,
+        "the model is the assistant of another": config.is_assistant,
+        "generate is synchronised across GPUs (FSDP or DeepSpeed)": synced_gpus,
+        "the prompt is given as inputs_embeds": input_ids.shape[1] == 0,
+        "generate made no position_ids": kwargs.get("position_ids") is None,
+    }
+    for reason, applies in reasons.items():
+        if applies:
+            return reason
+    if mask is not None and not _is_left_padded(mask, input_ids):
+        return "the attention mask is not zeros, then ones in every row"
+    if _rope_depends_on_length(model, config.max_length):
+        return "the model's RoPE depends on the sequence length at this length"
+    return None
+
+
+def _is_left_padded(mask: Tensor, input_ids: Tensor) -> bool:
+    if mask.shape != input_ids.shape:
+        return False
+    steps = mask[:, 1:] >= mask[:, :-1]
+    return bool((steps.all() & (mask[:, -1] == 1).all() & ((mask == 0) | (mask == 1)).all()))
+
+
+def left_padding(mask: Tensor | None) -> Tensor | None:
+    """First valid position of each row, int32 ``[B]``; None where no row is padded."""
+    if mask is None or bool(mask.all()):
+        return None
+    return (mask == 0).sum(dim=1, dtype=torch.int32)
+
+
+def _rope_depends_on_length(model: PreTrainedModel, max_length: int) -> bool:
+    config = model.get_decoder().config
+    rope = getattr(config, "rope_parameters", None) or {}
+    nested = [value for value in rope.values() if isinstance(value, dict)] or [rope]
+    original = getattr(config, "original_max_position_embeddings", None)
+    return any(
+        one.get("rope_type") in _POSITION_DEPENDENT_ROPE
+        and max_length
+        > (
+            one.get("original_max_position_embeddings")
+            or original
+            or config.max_position_embeddings
+        )
+        for one in nested
+    )

@@ -1,0 +1,87 @@
+"""Which keys a draft may read: what is always kept, what competes for the top K, and who votes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig
+
+SINKS = 4  # first tokens, which attention falls back on when it looks for nothing
+MOST_KEPT_TEXT = 1024  # per side of the visual tokens, nearest the end first
+MOST_OBSERVERS = 64
+MOST_INDICES = 16384
+_VISUAL_IDS = ("video_token_id", "image_token_id", "video_token_index", "image_token_index")
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The rules of one prompt, for `std_kernels.score_keys` and `std_kernels.select_topk`.
+
+    Attributes:
+        always: positions every draft reads, bool ``[B, S]``: sinks, and the text on both sides of
+            the visual tokens (of a prompt without any, its last tokens).
+        candidates: positions that compete, bool ``[B, S]``: visual tokens, the text between them,
+            and text over the cap. Padding is in neither.
+        observers: how many of the last queries vote at prefill, int32 ``[B]``: the text after the
+            last visual token.
+        window: the largest of `observers`.
+        width: length of the index lists, at most S.
+        complete: every key of every row is selected, so there is nothing to choose.
+    """
+
+    always: Tensor
+    candidates: Tensor
+    observers: Tensor
+    window: int
+    width: int
+    complete: bool
+
+
+def visual_tokens(
+    input_ids: Tensor, config: PreTrainedConfig, mm_token_type_ids: Tensor | None
+) -> Tensor:
+    """Where the prompt holds video or image tokens, bool ``[B, S]``."""
+    if mm_token_type_ids is not None and mm_token_type_ids.shape == input_ids.shape:
+        return (mm_token_type_ids > 0).to(input_ids.device)
+    ids = [getattr(config, name, None) for name in _VISUAL_IDS]
+    known = torch.tensor([i for i in ids if isinstance(i, int)], device=input_ids.device)
+    return torch.isin(input_ids, known)
+
+
+def plan_selection(visual: Tensor, kv_start: Tensor | None, top_k_keys: int) -> Selection:
+    """Decide what is kept of a prompt. Reads its shape back to the host once.
+
+    Args:
+        visual: bool ``[B, S]``.
+        kv_start: first valid position of each row, int32 ``[B]``, or None.
+        top_k_keys: candidates to select per layer and KV head.
+    """
+    batch, length = visual.shape
+    position = torch.arange(length, device=visual.device).expand(batch, -1)
+    start = torch.zeros(batch, 1, dtype=torch.int64, device=visual.device)
+    if kv_start is not None:
+        start = kv_start[:, None].long()
+    valid = position >= start
+    visual = visual & valid
+    has_visual = visual.any(1, keepdim=True)
+    first = torch.where(visual, position, length).amin(1, keepdim=True)
+    last = torch.where(visual, position, -1).amax(1, keepdim=True)
+    before = (position < first) & (position >= first - MOST_KEPT_TEXT)
+    after = (position > last) & (position >= length - MOST_KEPT_TEXT)
+    newest = position >= length - MOST_OBSERVERS
+    sinks = position < start + SINKS
+    always = valid & (sinks | torch.where(has_visual, before | after, newest))
+    observers = torch.where(has_visual, length - 1 - last, length)
+    observers = torch.minimum(observers.clamp(1, MOST_OBSERVERS), length - start)[:, 0]
+    kept, seen, window = torch.stack([always.sum(1), valid.sum(1), observers]).amax(dim=1).tolist()
+    width = min(kept + top_k_keys, MOST_INDICES, length)
+    return Selection(
+        always=always,
+        candidates=valid & ~always,
+        observers=observers.int(),
+        window=window,
+        width=width,
+        complete=width >= seen,
+    )

@@ -1,0 +1,92 @@
+"""What a patched generate call did, in numbers."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+
+STAGES = ("prefill", "select", "draft", "verify", "dense")
+
+
+@dataclass
+class DecodeStats:
+    """One generate call of a patched model. ``str()`` is a table, ``dataclasses.asdict`` is JSON.
+
+    Attributes:
+        fallback: why the call ran as unpatched, or None. All counts are 0 then.
+        mode: ``"lockstep"``: the rows of a batch advance together, by the smallest acceptance.
+        prompt_tokens: length of the padded prompt.
+        selected_keys: width of the draft's index list per KV head: video keys and kept text.
+        rounds: dense verification passes that followed a draft.
+        drafted: draft tokens proposed, summed over the rows that were not finished.
+        accepted: draft tokens that were emitted, summed over the same rows.
+        emitted: tokens emitted, summed over rows, each up to its own end.
+        acceptance_rate: accepted / drafted, 0 where nothing was drafted.
+        mean_accepted_length: steps of generation per dense pass after prefill (1 to
+            draft_length + 1), as the speculative decoding literature counts it.
+        draft_lengths: gamma of each round.
+        draft_weights: None: drafts use the model's own weights.
+        seconds: host wall-clock time per stage. "dense" are passes without a draft.
+        calls: forward passes (for "select": selections) per stage.
+        peak_memory_bytes: peak allocated on the CUDA device since the call began; on the CPU the
+            peak resident size of the process so far (0 on Windows).
+    """
+
+    fallback: str | None = None
+    mode: str | None = None
+    prompt_tokens: int = 0
+    selected_keys: int = 0
+    rounds: int = 0
+    drafted: int = 0
+    accepted: int = 0
+    emitted: int = 0
+    acceptance_rate: float = 0.0
+    mean_accepted_length: float = 0.0
+    draft_lengths: list[int] = field(default_factory=list)
+    draft_weights: str | None = None
+    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STAGES, 0.0))
+    calls: dict[str, int] = field(default_factory=lambda: dict.fromkeys(STAGES, 0))
+    peak_memory_bytes: int = 0
+
+    @contextmanager
+    def timed(self, stage: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[stage] += time.perf_counter() - start
+            self.calls[stage] += 1
+
+    def __str__(self) -> str:
+        if self.fallback is not None:
+            return f"ran as unpatched: {self.fallback}"
+        rows = [
+            ("mode", self.mode),
+            ("prompt tokens", self.prompt_tokens),
+            ("keys a draft reads", self.selected_keys),
+            ("tokens emitted", self.emitted),
+            ("rounds", self.rounds),
+            ("drafted / accepted", f"{self.drafted} / {self.accepted}"),
+            ("acceptance rate", f"{self.acceptance_rate:.1%}"),
+            ("tokens per dense pass", f"{self.mean_accepted_length:.2f}"),
+            *((f"{s} (x{self.calls[s]})", f"{self.seconds[s]:.3f} s") for s in STAGES),
+            ("peak memory", f"{self.peak_memory_bytes / 2**20:.0f} MiB"),
+        ]
+        width = max(len(name) for name, _ in rows)
+        return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if sys.platform == "win32":
+        return 0  # the standard library has no such figure there
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
