@@ -1,0 +1,197 @@
+"""Each op in plain PyTorch, with every mask and every product written out: what is correct.
+
+No function here is fast, and no library module imports this one. The arithmetic is in `dtype`,
+float64 unless told, and so are the results; integer results are exact. Arguments are those of
+the public functions and are not checked.
+"""
+
+import torch
+from einops import reduce, repeat
+from torch import Tensor
+
+
+def score_keys(
+    query: Tensor,
+    key: Tensor,
+    kv_len: Tensor,
+    *,
+    kv_start: Tensor | None = None,
+    num_queries: Tensor | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    dtype: torch.dtype = torch.float64,
+) -> Tensor:
+    """Mean probability [B, Hkv, N] the last `num_queries` of W queries give each key."""
+    B, Hq, W, _ = query.shape
+    Hkv, N = key.shape[1], key.shape[2]
+    mask = _dense_mask(kv_len, kv_start, None, W, N)  # [B, W, N]
+    logits = _logits(query, key, mask.any(1)[:, None], scale, softcap, dtype)
+    probability, _ = _softmax(logits, mask[:, None], sinks)
+    count = torch.full_like(kv_len, W) if num_queries is None else num_queries
+    counted = torch.arange(W) >= W - count[:, None]  # [B, W]
+    probability = probability.where(counted[:, None, :, None], 0)
+    total = reduce(probability, "b (h g) w n -> b h n", "sum", h=Hkv)
+    return total / (count.clamp(min=1)[:, None, None] * (Hq // Hkv))
+
+
+def select_topk(
+    scores: Tensor, k: int, *, candidates: Tensor | None = None, always: Tensor | None = None
+) -> Tensor:
+    """Positions [..., B, Hkv, k] of the k best scores per row, ascending, padded with -1."""
+    everything = torch.ones_like(scores, dtype=torch.bool)
+    wanted = everything if candidates is None else everything & candidates[:, None]
+    forced = ~everything if always is None else everything & always[:, None]
+    result = torch.full((*scores.shape[:-1], k), -1, dtype=torch.int32)
+    for row in torch.cartesian_prod(*map(torch.arange, scores.shape[:-1])):
+        at = tuple(row.tolist())
+        first = forced[at].nonzero().flatten()[-k:]
+        rest = (wanted[at] & ~forced[at] & (scores[at] > float("-inf"))).nonzero().flatten()
+        best = rest[scores[at][rest].argsort(descending=True, stable=True)]
+        chosen = torch.cat((first, best))[:k].sort().values
+        result[at][: len(chosen)] = chosen
+    return result
+
+
+def sparse_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    indices: Tensor,
+    tail_start: Tensor,
+    kv_len: Tensor,
+    *,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    dtype: torch.dtype = torch.float64,
+) -> tuple[Tensor, Tensor]:
+    """Attention over the listed keys and a causal tail: out [B, Hq, T, D], lse [B, Hq, T]."""
+    T, N, G = query.shape[2], key.shape[2], query.shape[1] // key.shape[1]
+    position = torch.arange(N)
+    listed = (indices[..., None] == position).any(-2)  # [B, Hkv, N]
+    listed &= position < tail_start[:, None, None]
+    tail = _dense_mask(kv_len, tail_start, None, T, N)  # [B, T, N]
+    mask = listed[:, :, None] | tail[:, None]  # [B, Hkv, T, N]
+    return _attend(
+        query,
+        key,
+        value,
+        repeat(mask, "b h t n -> b (h g) t n", g=G),
+        scale,
+        softcap,
+        sinks,
+        dtype,
+    )
+
+
+def verify_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    kv_len: Tensor,
+    *,
+    kv_start: Tensor | None = None,
+    window: int | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    dtype: torch.dtype = torch.float64,
+) -> tuple[Tensor, Tensor]:
+    """Causal attention of the last T tokens: out [B, Hq, T, D], lse [B, Hq, T]."""
+    mask = _dense_mask(kv_len, kv_start, window, query.shape[2], key.shape[2])
+    mask = repeat(mask, "b t n -> b h t n", h=query.shape[1])
+    return _attend(query, key, value, mask, scale, softcap, sinks, dtype)
+
+
+def verify_attention_with_scores(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    kv_len: Tensor,
+    score_lse: Tensor,
+    *,
+    kv_start: Tensor | None = None,
+    window: int | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    dtype: torch.dtype = torch.float64,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """verify_attention, and per key the sum over rows of sigmoid(logit - score_lse)."""
+    out, lse = verify_attention(
+        query,
+        key,
+        value,
+        kv_len,
+        kv_start=kv_start,
+        window=window,
+        scale=scale,
+        softcap=softcap,
+        sinks=sinks,
+        dtype=dtype,
+    )
+    mask = _dense_mask(kv_len, kv_start, window, query.shape[2], key.shape[2])[:, None]
+    logits = _logits(query, key, mask.any(-2), scale, softcap, dtype)
+    counted = mask & (score_lse < float("inf"))[..., None]
+    share = torch.sigmoid(logits - score_lse.to(dtype)[..., None]).where(counted, 0)
+    return out, lse, reduce(share, "b (h g) t n -> b h n", "sum", h=key.shape[1])
+
+
+def _dense_mask(
+    kv_len: Tensor, start: Tensor | None, window: int | None, T: int, N: int
+) -> Tensor:
+    """True where query t may see key n, [B, T, N]."""
+    n = torch.arange(N)
+    query_at = (kv_len[:, None] - T + torch.arange(T))[..., None]  # [B, T, 1]
+    mask = n <= query_at
+    if start is not None:
+        mask = mask & (n >= start[:, None, None])
+    if window is not None:
+        mask = mask & (n > query_at - window)
+    return mask
+
+
+def _logits(
+    query: Tensor,
+    key: Tensor,
+    readable: Tensor,
+    scale: float | None,
+    softcap: float | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Every query times every key, [B, Hq, T, N]; unreadable keys [B, H, N] count as zero."""
+    G = query.shape[1] // key.shape[1]
+    key = repeat(key, "b h n d -> b (h g) n d", g=G).to(dtype).where(readable[..., None], 0)
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    logits = query.to(dtype) @ key.mT * scale
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+
+def _softmax(logits: Tensor, mask: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Probabilities and lse under the mask; a sink is one more logit in the denominator."""
+    logits = logits.where(mask, float("-inf"))
+    every = logits
+    if sinks is not None:
+        column = repeat(sinks.to(logits), "h -> b h t 1", b=logits.shape[0], t=logits.shape[2])
+        every = torch.cat((logits, column), dim=-1)
+    lse = torch.logsumexp(every, dim=-1)
+    return torch.exp(logits - lse[..., None]).where(mask, 0), lse
+
+
+def _attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor,
+    scale: float | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """Attention under an explicit mask [B, Hq, T, N]."""
+    readable = mask.any(-2)  # [B, Hq, N]
+    logits = _logits(query, key, readable, scale, softcap, dtype)
+    probability, lse = _softmax(logits, mask, sinks)
+    value = repeat(value, "b h n d -> b (h g) n d", g=query.shape[1] // value.shape[1])
+    return probability @ value.to(dtype).where(readable[..., None], 0), lse
