@@ -1,0 +1,40 @@
+"""Attention and selection kernels for drafting and verifying on one dense KV cache.
+
+    import torch
+    import std_kernels as sk
+
+    query = torch.randn(1, 8, 1, 64)                # one token, 8 query heads
+    key, value = torch.randn(2, 1, 2, 4096, 64)     # 2 KV heads, room for 4096 tokens
+    kv_len = torch.tensor([3000], dtype=torch.int32)
+    tail_start = kv_len - 100
+    scores = sk.score_keys(query, key, kv_len)
+    indices = sk.select_topk(scores, 256, candidates=torch.arange(4096)[None] < tail_start)
+    draft, _ = sk.sparse_attention(query, key, value, indices, tail_start, kv_len)
+    dense, lse = sk.verify_attention(query, key, value, kv_len)
+
+| dimension | what it counts |
+|---|---|
+| B | batch rows |
+| Hq, Hkv | query heads, KV heads |
+| G | Hq / Hkv, the query heads that share a KV head |
+| T | query tokens of a call, the last T of the row |
+| W | scoring queries, the last W of the row |
+| N | capacity of the KV cache, not its length |
+| K | selected keys |
+| D | head dim |
+
+The ops are also `torch.ops.std_kernels.*`, with every argument positional and unchecked.
+"""
+
+from std_kernels.score_keys import score_keys
+from std_kernels.select_topk import select_topk
+from std_kernels.sparse_attention import sparse_attention
+from std_kernels.verify_attention import verify_attention, verify_attention_with_scores
+
+__all__ = [
+    "score_keys",
+    "select_topk",
+    "sparse_attention",
+    "verify_attention",
+    "verify_attention_with_scores",
+]

@@ -1,0 +1,111 @@
+"""Attention of GQA-packed rows: what the CPU ops share.
+
+Rows are [B, Hkv, R, D], the R = G * T query rows of a KV head under one another, so that each K/V
+is read once for all of them and never copied per query head.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+# 4 MiB of logits stay in a cache: W = 64 scoring queries of 8 heads over 16384 keys take 23 ms on
+# one core, and 43 ms in chunks of 2^22.
+MAX_LOGITS = 1 << 20
+INF = float("inf")
+
+
+def attend(
+    rows: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    bias: Tensor | None,
+    scale: float,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor]:
+    """Attention of packed rows [B, Hkv, R, D] to at least one key: out and lse [B, Hkv, R]."""
+    if softcap is None and rows.device.type == "cpu":
+        # Against matmul and softmax, one thread, Hq 8, Hkv 2, D 32, T 1: 20 and 34 us at N 512,
+        # 370 and 450 us at N 16384 in float32; and the logits of half inputs stay in float32.
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default(
+            rows, keys, values, 0.0, False, attn_mask=bias, scale=scale
+        )
+    keys, values, outs, lses = keys.float(), values.float(), [], []
+    step = max(1, MAX_LOGITS // max(1, keys.shape[:3].numel()))
+    for r in range(0, rows.shape[2], step):
+        block = logits(rows[:, :, r : r + step].float(), keys, scale, softcap)
+        if bias is not None:
+            block += bias[..., r : r + step, :]
+        lse = block.logsumexp(-1, keepdim=True)
+        outs.append(torch.matmul(block.sub_(lse).exp_(), values).to(rows.dtype))
+        lses.append(lse.squeeze(-1))
+    return torch.cat(outs, 2), torch.cat(lses, 2)
+
+
+def logits(rows: Tensor, keys: Tensor, scale: float, softcap: float | None) -> Tensor:
+    """Float32 logits of float32 rows, whatever the keys' dtype: half ones would round them."""
+    product = torch.matmul(rows * scale, keys.float().transpose(-1, -2))
+    return product if softcap is None else product.div_(softcap).tanh_().mul_(softcap)
+
+
+def unpack(query: Tensor, out: Tensor, lse: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Packed results in the caller's shape, with the sinks' share taken out of the values."""
+    out = out.reshape(query.shape).contiguous()
+    lse = lse.reshape(query.shape[:3]).contiguous()
+    if sinks is None:
+        return out, lse
+    sink = sinks[:, None]
+    # NaN only where neither keys nor sink weigh anything, and there out is already 0.
+    share = torch.sigmoid(lse - sink).nan_to_num_(0.0)
+    return (out * share[..., None]).to(out.dtype), torch.logaddexp(lse, sink)
+
+
+def nothing_seen(query: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Output 0, and the lse of no logit but the sink's."""
+    lse = query.new_full(query.shape[:3], -INF, dtype=torch.float32)
+    if sinks is not None:
+        lse = torch.logaddexp(lse, sinks[:, None])
+    return torch.zeros_like(query, memory_format=torch.contiguous_format), lse
+
+
+def gather(
+    key: Tensor, value: Tensor, slots: Tensor, empty: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Rows `slots` [B, Hkv, S] of key and of value, [B, Hkv, S, D] each, zero where empty."""
+    if empty is not None:
+        slots = slots.masked_fill(empty, 0)
+    row = _storage_rows(key, slots)
+    keys = _take(key, row)
+    values = _take(value, row if value.stride() == key.stride() else _storage_rows(value, slots))
+    if empty is not None:
+        # An empty slot took position 0, which may be padding and hold NaN.
+        keys.masked_fill_(empty[..., None], 0)
+        values.masked_fill_(empty[..., None], 0)
+    return keys, values
+
+
+def _row_unit(source: Tensor) -> int:
+    """Elements between two rows of D when the storage is seen as one long list of rows."""
+    return max(1, math.gcd(*source.stride()[:3]))
+
+
+def _storage_rows(source: Tensor, slots: Tensor) -> Tensor:
+    """Where in that list the positions `slots` [B, Hkv, S] stand."""
+    unit = _row_unit(source)
+    B, Hkv = source.shape[:2]
+    stride_b, stride_h, stride_n = (stride // unit for stride in source.stride()[:3])
+    heads = [b * stride_b + h * stride_h for b in range(B) for h in range(Hkv)]
+    return slots.long() * stride_n + torch.tensor(heads, device=slots.device).view(B, Hkv, 1)
+
+
+def _take(source: Tensor, row: Tensor) -> Tensor:
+    """One index_select over the storage seen as rows, whatever the layout of the cache.
+
+    At Hkv 4, K 1024, D 128 in float32 on one core it takes 63 us, advanced indexing 250 us and
+    gather 660 us.
+    """
+    unit = _row_unit(source)
+    last = sum((size - 1) * step for size, step in zip(source.shape, source.stride(), strict=True))
+    size = ((last - source.shape[-1] + 1) // unit + 1, source.shape[-1])
+    storage = source.as_strided(size, (unit, 1), source.storage_offset())
+    return storage.index_select(0, row.flatten()).view(*row.shape, source.shape[-1])
