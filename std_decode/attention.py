@@ -23,7 +23,7 @@ from transformers import AttentionInterface, PreTrainedConfig
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from std_decode.cache import BufferLayer, SparseToDenseCache
+from std_decode.cache import NO_MASK, BufferLayer, SparseToDenseCache
 from std_decode.selection import Selection
 from std_kernels import (
     score_keys,
@@ -94,11 +94,12 @@ def _replaced_attention(module: nn.Module, name: str) -> Callable:
     return interface.get_interface(name, getattr(file, "eager_attention_forward", None))
 
 
-def _mask(*args, replaced: str, **kwargs):
-    running = _running.get()
-    if running is not None and running.phase != "prefill":
+def _mask(*, replaced: str, kv_offset: int = 0, **kwargs):
+    # Only our cache gives this offset, and only after prefill. Nothing else here tells whose mask
+    # it is: a model that shares the config object may be called in the middle of our pass.
+    if kv_offset == NO_MASK:
         return None  # our ops go by lengths
-    return AttentionMaskInterface._global_mapping[replaced](*args, **kwargs)
+    return AttentionMaskInterface._global_mapping[replaced](kv_offset=kv_offset, **kwargs)
 
 
 def _attention(

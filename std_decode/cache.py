@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 
 BUCKET = 256  # capacities are multiples of this many tokens
+NO_MASK = -(2**40)  # a key offset that no mask is ever asked for
 MOST_NEW_TOKENS = 1024  # room made at first; more comes by growing
 
 
@@ -90,7 +91,8 @@ class BufferLayer(CacheLayerMixin):
         return estimate if self.dense_lse is None else torch.maximum(estimate, self.dense_lse)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.owner.length + query_length, 0
+        """Length and offset of the keys to mask; the offset tells that none need masking."""
+        return self.owner.length + query_length, NO_MASK if self.owner.length else 0
 
     def get_seq_length(self) -> int:
         return self.owner.length

@@ -1,0 +1,116 @@
+"""The promise: the tokens of the unpatched model, whatever is drafted and however it is chosen."""
+
+from importlib import import_module
+
+import pytest
+import torch
+
+import std_decode
+
+DRAFT_LENGTHS = (0, 1, 4, 7)
+EVERY_KEY = 10_000
+FAMILIES = ("qwen2_vl", "llava_onevision", "llama", "gemma3")
+
+
+@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("rows", [1, 3])
+def test_same_tokens_as_unpatched(make_case, family, rows, seed):
+    """One prompt, and a left-padded batch whose rows end at different steps."""
+    case = make_case(family, seed, rows, eos=rows > 1)
+    for do_sample in (False, True):
+        expected = case.generate(do_sample=do_sample)
+        for draft_length in DRAFT_LENGTHS:
+            for top_k_keys in (4, EVERY_KEY):
+                options = dict(draft_length=draft_length, top_k_keys=top_k_keys)
+                with std_decode.patched(case.model, **options):
+                    got = case.generate(do_sample=do_sample)
+                    assert std_decode.last_stats(case.model).fallback is None
+                case.assert_same_tokens(expected, got, do_sample=do_sample)
+
+
+@pytest.mark.parametrize("do_sample", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("rows", [1, 3])
+def test_every_draft_is_accepted_when_every_key_is_selected(make_case, family, rows, do_sample):
+    """The sparse path is exact: with nothing left out it is the dense model."""
+    for seed in range(5):
+        case = make_case(family, seed, rows)
+        with std_decode.patched(case.model, draft_length=4, top_k_keys=EVERY_KEY):
+            case.generate(do_sample=do_sample)
+            stats = std_decode.last_stats(case.model)
+        # 15 tokens after the first, in rounds of 5; the last one is never asked about.
+        assert stats.draft_lengths == [4, 4, 4]
+        assert stats.accepted == stats.drafted == 12 * rows
+        assert stats.mean_accepted_length == 5.0
+
+
+def test_rows_of_the_batch_end_at_different_steps(make_case):
+    """What the matrix above relies on."""
+    case = make_case("qwen2_vl", 0, rows=3, eos=True)
+    told = case.generate()[:, case.inputs["input_ids"].shape[1] :]
+    ends = torch.isin(told, torch.tensor(case.options["eos_token_id"])).int().argmax(1)
+    assert len(set(ends.tolist())) == 3
+
+
+def test_static_and_renewed_selection_agree(make_case):
+    case = make_case("qwen2_vl", 3)
+    expected = case.generate()
+    for reselect in (False, True):
+        with std_decode.patched(case.model, draft_length=4, top_k_keys=4, reselect=reselect):
+            got = case.generate()
+            selections = std_decode.last_stats(case.model).calls["select"]
+        case.assert_same_tokens(expected, got)
+        assert (selections > 1) == reselect
+
+
+def test_buffers_grow_when_the_answer_is_longer_than_was_made_room_for(make_case, monkeypatch):
+    monkeypatch.setattr("std_decode.cache.BUCKET", 16)
+    monkeypatch.setattr(import_module("std_decode.patch"), "MOST_NEW_TOKENS", 4)
+    case = make_case("qwen2_vl", 1, max_new_tokens=80)
+    expected = case.generate()
+    with std_decode.patched(case.model, draft_length=4, top_k_keys=8):
+        got = case.generate()
+    case.assert_same_tokens(expected, got)
+
+
+@pytest.mark.parametrize("fault", ["accepts anything", "forgets to roll back", "shifts indices"])
+def test_a_fault_would_be_seen(make_case, monkeypatch, fault):
+    """The tests above fail when the accept rule, the rollback or the index list is broken."""
+    from std_decode import loop
+
+    if fault == "accepts anything":
+        plain = loop.Rounds.agrees
+        monkeypatch.setattr(
+            loop.Rounds,
+            "agrees",
+            lambda self, round, pending: (
+                plain(self, round, pending) or round.answered < round.tokens.shape[1]
+            ),
+        )
+    elif fault == "forgets to roll back":
+        plain = loop.Rounds.draft_and_verify
+
+        def keep_one_rejected(self, inputs):
+            self.cache.length += self.round is not None and self.round.answered < 5
+            return plain(self, inputs)
+
+        monkeypatch.setattr(loop.Rounds, "draft_and_verify", keep_one_rejected)
+    else:
+        plain = loop.select_topk
+        monkeypatch.setattr(loop, "select_topk", lambda *a, **k: (plain(*a, **k) - 1).clamp(0))
+    same, accepted = [], []
+    for seed in range(4):
+        case = make_case("llama", seed)
+        expected = case.generate()
+        few = dict(draft_length=4, top_k_keys=4)
+        with std_decode.patched(case.model, **few):
+            same.append(torch.equal(expected, case.generate()))
+        with std_decode.patched(case.model, draft_length=4, top_k_keys=EVERY_KEY):
+            case.generate()
+            stats = std_decode.last_stats(case.model)
+            accepted.append(stats.accepted == stats.drafted)
+    if fault == "shifts indices":  # drafts get worse, the answer must not
+        assert all(same) and not any(accepted)
+    else:
+        assert not all(same)
