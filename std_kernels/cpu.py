@@ -73,11 +73,11 @@ def select_topk(
         room, threshold = k, best[..., -1:]
     else:
         room = k - forced.sum(-1)[:, None, None].expand(*scores.shape[:-1], 1)
-        threshold = best.gather(-1, (room - 1).clamp_(min=0)).masked_fill_(room == 0, float("nan"))
-    # Rows with fewer selectable scores than room take them all, but no -inf; NaN takes nothing.
+        threshold = best.gather(-1, (room - 1).clamp_(min=0))
+    # Rows with fewer selectable scores than room take them all, but no -inf.
     threshold = threshold.clamp(min=torch.finfo(torch.float32).min)
     chosen = values >= threshold
-    # Ties beyond the room are rare, and the running count costs two more passes over N.
+    # More than the room, by ties or because it is 0, is rare; to count on costs passes over N.
     if (chosen.sum(-1, keepdim=True) > room).any():
         tied = values == threshold
         room = room - (best > threshold).sum(-1, keepdim=True)
