@@ -1,0 +1,266 @@
+"""What every op owes the dispatcher, the compiler and a caller who got an argument wrong."""
+
+import re
+
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from torch.library import opcheck
+
+import std_kernels as sk
+from std_kernels import reference
+
+OPS = {name: getattr(sk, name) for name in sk.__all__}
+FLOAT = (torch.float16, torch.bfloat16, torch.float32)
+CHECKS = (
+    "test_schema",
+    "test_autograd_registration",
+    "test_faketensor",
+    "test_aot_dispatch_dynamic",
+)
+
+
+def arguments(op, dtype=torch.float32, B=2, T=3, D=16, N=40, seed=0):
+    """A valid call of the op with every option set, and its positional argument names."""
+    generator = torch.Generator().manual_seed(seed)
+    query = torch.randn(B, 4, T, D, generator=generator).to(dtype)
+    key, value = torch.randn(2, B, 2, N, D, generator=generator).to(dtype)
+    full = torch.full((B,), N, dtype=torch.int32)
+    common = {"scale": 0.25, "softcap": 5.0, "sinks": torch.tensor([0.0, 1.0, -1.0, 2.0])}
+    if op == "select_topk":
+        scores = torch.rand(3, B, 2, N, generator=generator)
+        candidates, always = torch.rand(2, B, N, generator=generator) < 0.5
+        return {"scores": scores, "k": 5, "candidates": candidates, "always": always}
+    if op == "score_keys":
+        call = {"query": query, "key": key, "kv_len": full}
+        return {**call, "kv_start": full - 20, "num_queries": full - N + 2, **common}
+    call = {"query": query, "key": key, "value": value}
+    if op == "sparse_attention":
+        indices = torch.arange(0, 24, 3, dtype=torch.int32).repeat(B, 2, 1)
+        return {**call, "indices": indices, "tail_start": full - 10, "kv_len": full, **common}
+    call["kv_len"] = full - 3
+    if op == "verify_attention_with_scores":
+        call["score_lse"] = torch.full((B, 4, T), 2.0)
+    return {**call, "kv_start": full - 30, "window": 9, **common}
+
+
+def required(op):
+    count = {"select_topk": 2, "score_keys": 3, "sparse_attention": 6, "verify_attention": 4}
+    return count.get(op, 5)
+
+
+def call(op, values, function=None):
+    names = list(values)[: required(op)]
+    options = {name: values[name] for name in values if name not in names}
+    return (function or OPS[op])(*(values[name] for name in names), **options)
+
+
+@pytest.mark.parametrize("options", [True, False])
+@pytest.mark.parametrize("op", OPS)
+def test_opcheck(op, options):
+    values = arguments(op)
+    if not options:
+        unset = list(values)[required(op) :]
+        values.update({name: None for name in unset if name != "scale"})
+    overload = getattr(torch.ops.std_kernels, op).default
+    order = [argument.name for argument in overload._schema.arguments]
+    assert order == list(values), "the schema's order is that of the public function"
+    opcheck(overload, tuple(values.values()), test_utils=CHECKS)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_results_are_new_and_contiguous(op):
+    """What the fake implementation promises, for every layout the real one may start from."""
+    for B, T, Hq, Hkv in ((1, 1, 4, 2), (2, 3, 4, 2), (1, 5, 4, 1), (2, 3, 2, 2)):
+        values = dict(list(arguments(op, B=B, T=T).items())[: required(op)])
+        for name in ("query", "key", "value"):
+            if name in values:
+                values[name] = values[name].transpose(1, 2).contiguous().transpose(1, 2)
+        for name in ("key", "value", "indices"):
+            if name in values:
+                values[name] = values[name][:, :Hkv]
+        for name in ("query", "score_lse"):
+            if name in values:
+                values[name] = values[name][:, :Hq]
+        inputs = {x.untyped_storage().data_ptr() for x in values.values() if torch.is_tensor(x)}
+        results = call(op, values)
+        for result in results if isinstance(results, tuple) else (results,):
+            assert result.is_contiguous()
+            assert result.untyped_storage().data_ptr() not in inputs
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_compiles_into_one_graph(op):
+    compiled = torch.compile(OPS[op], fullgraph=True, dynamic=True, backend="aot_eager")
+    for B, N in ((2, 40), (3, 57)):
+        values = arguments(op, B=B, N=N)
+        torch.testing.assert_close(call(op, values, compiled), call(op, values))
+
+
+def test_compiles_with_inductor():
+    def draft_then_verify(query, key, value, kv_len, tail_start):
+        scores = sk.score_keys(query * 2, key, kv_len)
+        indices = sk.select_topk(scores, 8)
+        draft, _ = sk.sparse_attention(query * 2, key, value, indices, tail_start, kv_len)
+        dense, lse = sk.verify_attention(query * 2, key, value, kv_len)
+        return (draft - dense).abs().sum(-1), lse + 1
+
+    values = arguments("sparse_attention", T=1)
+    args = [values[name] for name in ("query", "key", "value", "kv_len", "tail_start")]
+    compiled = torch.compile(draft_then_verify, fullgraph=True)
+    torch.testing.assert_close(compiled(*args), draft_then_verify(*args))
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_options_default_to_none(op):
+    """Left out, None and the documented default are the same call."""
+    values = arguments(op)
+    few = {name: values[name] for name in list(values)[: required(op)]}
+    none = {name: values[name] if name in few else None for name in values}
+    expected = call(op, few, getattr(reference, op))
+    for result in (call(op, few), call(op, none)):
+        torch.testing.assert_close(result, expected, check_dtype=False, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_autograd_is_refused(op):
+    for name, x in arguments(op).items():
+        if not torch.is_tensor(x) or not x.is_floating_point() or name == "score_lse":
+            continue
+        values = {**arguments(op), name: x.requires_grad_()}
+        with pytest.raises(RuntimeError, match=f"^{op}: .*requires_grad=True.*no_grad"):
+            call(op, values)
+        with torch.no_grad():
+            call(op, values)
+
+
+def wrong_tensor(draw, name, x):
+    """A tensor that is wrong in one way, and the error that way deserves."""
+    ways = ["no tensor", "rank", "dtype", "device", "size"]
+    if x.shape[-1] > 1:
+        ways.append("stride")
+    way = draw(st.sampled_from(ways), label="way")
+    if way == "no tensor":
+        return draw(st.sampled_from([x.tolist(), 3, "x"])), TypeError
+    if way == "rank":
+        # Every rank below 3 is wrong for scores, which take any number of leading dimensions.
+        ranks = [x[0, 0] if name == "scores" else x[0]]
+        ranks += [] if name == "scores" else [x[None]]
+        wrong = draw(st.sampled_from(ranks))
+        return (wrong[0] if name == "scores" else wrong), ValueError
+    if way == "dtype":
+        every = (torch.float64, torch.int64, torch.int32, torch.uint8, torch.bool, *FLOAT)
+        allowed = FLOAT if name == "query" else (x.dtype,)
+        return x.to(draw(st.sampled_from([t for t in every if t not in allowed]))), TypeError
+    if way == "device":
+        return x.to("meta"), ValueError
+    if way == "stride":
+        return torch.stack((x, x), dim=-1)[..., 0], ValueError
+    dim = draw(st.integers(0, x.dim() - 1), label="dim")
+    return torch.cat((x, x.narrow(dim, 0, 1)), dim=dim), ValueError
+
+
+# Sizes one argument alone may choose: its number of selected keys, capacity, queries, layers.
+FREE = {("indices", 2), ("scores", 0), ("scores", 1), ("scores", 2), ("scores", 3), ("query", 2)}
+
+
+@settings(max_examples=400, deadline=None)
+@given(data=st.data())
+def test_wrong_tensors_are_named(data):
+    op = data.draw(st.sampled_from(list(OPS)), label="op")
+    values = arguments(op)
+    tensors = [name for name, x in values.items() if torch.is_tensor(x)]
+    name = data.draw(st.sampled_from(tensors), label="name")
+    values[name], error = wrong_tensor(data.draw, name, values[name])
+    sizes = arguments(op)[name].shape
+    wrong = values[name]
+    if torch.is_tensor(wrong) and wrong.dim() == len(sizes):
+        grown = [d for d in range(len(sizes)) if wrong.shape[d] != sizes[d]]
+        free = FREE | ({("key", 2)} if op == "score_keys" else set())
+        assume(not any((name, d) in free for d in grown))
+    # The caller may mean either side of a disagreement: key may be blamed for query.
+    partner = {"query": "(query|key)", "key": "(key|value)", "scores": "(scores|candidates)"}
+    pattern = f"^{op}: {partner.get(name, name)} (has|is) .*, expected .*; .+"
+    with pytest.raises(error) as caught:
+        call(op, values)
+    assert re.match(pattern, str(caught.value)), str(caught.value)
+
+
+OPTION_ERRORS = [
+    ("scale", float("nan"), ValueError),
+    ("scale", float("inf"), ValueError),
+    ("scale", "1", TypeError),
+    ("scale", torch.ones(()), TypeError),
+    ("softcap", 0.0, ValueError),
+    ("softcap", -1.0, ValueError),
+    ("softcap", float("nan"), ValueError),
+    ("softcap", "1", TypeError),
+    ("window", 0, ValueError),
+    ("window", -3, ValueError),
+    ("window", 2.0, TypeError),
+    ("k", 0, ValueError),
+    ("k", -1, ValueError),
+    ("k", 41, ValueError),
+    ("k", 2.0, TypeError),
+    ("k", torch.tensor(2), TypeError),
+]
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_wrong_options_are_named(op):
+    for name, wrong, error in OPTION_ERRORS:
+        values = arguments(op)
+        if name not in values:
+            continue
+        values[name] = wrong
+        with pytest.raises(error, match=f"^{op}: {name} is .*, expected .*; .+"):
+            call(op, values)
+
+
+@pytest.mark.parametrize("op", [op for op in OPS if op != "select_topk"])
+@pytest.mark.parametrize(
+    "Hq, Hkv, T, D, name",
+    [
+        (4, 2, 3, 8, "query"),
+        (4, 2, 3, 20, "query"),
+        (4, 2, 3, 264, "query"),
+        (4, 2, 0, 16, "query"),
+        (4, 2, 65, 16, "query"),
+        (4, 3, 3, 16, "key"),
+        (4, 8, 3, 16, "key"),
+        (4, 0, 3, 16, "key"),
+        (0, 2, 3, 16, "key"),
+        (34, 2, 3, 16, "key"),
+    ],
+)
+def test_sizes_out_of_range(op, Hq, Hkv, T, D, name):
+    values = arguments(op)
+    values["query"] = torch.zeros(2, Hq, T, D)
+    values["key"] = values["value"] = torch.zeros(2, Hkv, 40, D)
+    if op == "score_keys":
+        del values["value"]
+    if op == "score_keys" and T == 65:
+        assert call(op, values).shape == (2, 2, 40), "scoring takes any number of queries"
+        return
+    with pytest.raises(ValueError, match=rf"^{op}: {name} has shape \[2, .*, expected .*; .+"):
+        call(op, values)
+
+
+def test_select_topk_bounds():
+    with pytest.raises(ValueError, match="^select_topk: k is 16385, expected k <= 16384; "):
+        sk.select_topk(torch.zeros(1, 1, 20000), 16385)
+    with pytest.raises(ValueError, match="^select_topk: scores has shape .* N <= 1048576; "):
+        sk.select_topk(torch.zeros(1, 1, (1 << 20) + 1), 1)
+    with pytest.raises(ValueError, match="^select_topk: scores has shape .*1 <= N"):
+        sk.select_topk(torch.zeros(1, 1, 0), 1)
+    message = "select_topk: k is 2048, expected 1 <= k <= N = 1024; lower k or pass more scores"
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        sk.select_topk(torch.zeros(1, 1, 1024), 2048)
+
+
+def test_stride_of_a_single_element_does_not_matter():
+    lengths = torch.tensor([[3, 9], [4, 9]], dtype=torch.int32)[:1, 0]
+    assert lengths.stride() == (2,)
+    x = torch.ones(1, 1, 4, 16)
+    sk.verify_attention(x, x, x, lengths)
