@@ -9,7 +9,23 @@ It drafts with sparse attention and verifies densely.
 >>> std_decode.unpatch(model)
 """
 
-from std_decode.patch import is_patched, last_stats, patch, patched, unpatch
-from std_decode.stats import DecodeStats
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from std_decode.patching import is_patched, last_stats, patch, patched, unpatch
+    from std_decode.stats import DecodeStats
 
 __all__ = ["DecodeStats", "is_patched", "last_stats", "patch", "patched", "unpatch"]
+
+
+def __getattr__(name: str) -> Any:
+    # torch and transformers take seconds to import; a typo on the command line need not wait for
+    # them.
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = "std_decode.stats" if name == "DecodeStats" else "std_decode.patching"
+    globals()[name] = value = getattr(import_module(module), name)
+    return value

@@ -175,10 +175,9 @@ def _verify(
     kv_len = _on(query, running.cache.span.kv_len)
     kv_start = _on(query, running.cache.kv_start)
     if running.rescore and layer.window is None:
-        out, lse, layer.scores = verify_attention_with_scores(
+        out, _, layer.scores = verify_attention_with_scores(
             query, key, value, kv_len, layer.lse_estimate(), kv_start=kv_start, **options
         )
-        layer.dense_lse = lse[..., -1:]
         return out
     out, _ = verify_attention(
         query, key, value, kv_len, kv_start=kv_start, window=layer.window, **options

@@ -28,7 +28,6 @@ class BufferLayer(CacheLayerMixin):
         indices: selected key positions, int32 ``[B, Hkv, K]``, ascending, padded with -1.
         scores: the newest importance of each prompt key, float32 ``[B, Hkv, N]``, until selected.
         draft_lse: log-sum-exp of each draft step of the round, ``[B, Hq, 1]`` each.
-        dense_lse: log-sum-exp of the last row of the previous verification, ``[B, Hq, 1]``.
     """
 
     is_compileable = False
@@ -43,7 +42,6 @@ class BufferLayer(CacheLayerMixin):
         self.indices: Tensor | None = None
         self.scores: Any = None
         self.draft_lse: list[Tensor] = []
-        self.dense_lse: Tensor | None = None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
@@ -83,12 +81,10 @@ class BufferLayer(CacheLayerMixin):
     def lse_estimate(self) -> Tensor:
         """What the verified rows' log-sum-exp will be about, ``[B, Hq, gamma + 1]``.
 
-        The draft step of the same token saw fewer keys, so its value is a little low; the head's
-        dense value of the round before is a second opinion, and the larger of the two is taken.
-        No draft step saw the last row: the step before it stands in.
+        It is that of the draft step of the same token, which saw fewer keys and is a little low. No
+        draft step saw the last row: the step before it stands in.
         """
-        estimate = torch.cat([*self.draft_lse, self.draft_lse[-1]], dim=-1)
-        return estimate if self.dense_lse is None else torch.maximum(estimate, self.dense_lse)
+        return torch.cat([*self.draft_lse, self.draft_lse[-1]], dim=-1)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Length and offset of the keys to mask; the offset tells that none need masking."""

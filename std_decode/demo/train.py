@@ -42,8 +42,8 @@ CURRICULUM = (
     Stage(1600, 16, 16),
     Stage(1200, 32, 64),
     Stage(1800, 64, 1024),
-    Stage(2400, 256, 4096),
-    Stage(1600, 512, 8192),
+    Stage(1200, 256, 4096),
+    Stage(600, 512, 8192),
 )
 TOKENS_A_BATCH = 5000
 MAX_BATCH, MAX_EVENTS = 16, 16

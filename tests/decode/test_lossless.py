@@ -1,7 +1,5 @@
 """The promise: the tokens of the unpatched model, whatever is drafted and however it is chosen."""
 
-from importlib import import_module
-
 import pytest
 import torch
 
@@ -66,7 +64,7 @@ def test_static_and_renewed_selection_agree(make_case):
 
 def test_buffers_grow_when_the_answer_is_longer_than_was_made_room_for(make_case, monkeypatch):
     monkeypatch.setattr("std_decode.cache.BUCKET", 16)
-    monkeypatch.setattr(import_module("std_decode.patch"), "MOST_NEW_TOKENS", 4)
+    monkeypatch.setattr("std_decode.patching.MOST_NEW_TOKENS", 4)
     case = make_case("qwen2_vl", 1, max_new_tokens=80)
     expected = case.generate()
     with std_decode.patched(case.model, draft_length=4, top_k_keys=8):
