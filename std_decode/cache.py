@@ -81,8 +81,8 @@ class BufferLayer(CacheLayerMixin):
     def lse_estimate(self) -> Tensor:
         """What the verified rows' log-sum-exp will be about, ``[B, Hq, gamma + 1]``.
 
-        It is that of the draft step of the same token, which saw fewer keys and is a little low. No
-        draft step saw the last row: the step before it stands in.
+        It is that of the draft step of the same token, which saw fewer keys and is a little low.
+        No draft step saw the last row: the step before it stands in.
         """
         return torch.cat([*self.draft_lse, self.draft_lse[-1]], dim=-1)
 

@@ -93,7 +93,6 @@ def test_rows_permute_and_padding_changes_nothing(order, left, right):
     assert torch.equal(again, indices[list(order)] + left)
 
 
-@pytest.mark.slow
 def test_the_largest_row():
     scores = torch.rand(1, 1, 1 << 20, generator=torch.Generator().manual_seed(0))
     check((scores * 1e5).floor(), 1 << 14)
