@@ -64,7 +64,7 @@ def attention_of(config: PreTrainedConfig, running: Pass) -> Iterator[None]:
     with _switch_lock:
         passes, replaced = _switched.get(id(config), (0, config._attn_implementation))
         if passes == 0:
-            config._attn_implementation = _registered(replaced)
+            config._attn_implementation = _registered(replaced or "eager")
         _switched[id(config)] = passes + 1, replaced
     token = _running.set(running)
     try:

@@ -31,7 +31,7 @@ class BufferLayer(CacheLayerMixin):
     """
 
     is_compileable = False
-    is_croppable = True
+    is_croppable = False  # nobody but the rounds takes tokens back
     supports_early_init = False
 
     def __init__(self, owner: SparseToDenseCache, window: int | None):
@@ -144,14 +144,16 @@ class SparseToDenseCache(Cache):
     def selecting_layers(self) -> list[BufferLayer]:
         return [layer for layer in self.layers if not layer.is_sliding]
 
-    def expect(self, tokens: int, ahead: int = 0) -> None:
-        """Say that the next forward pass brings `tokens` tokens, `ahead` behind the accepted
-        ones."""
-        start = self.length + ahead
-        if start + tokens > self.capacity:
-            self.capacity = _bucket(max(start + tokens, self.capacity * 3 // 2))
+    def reserve(self, tokens: int) -> None:
+        """Make room for `tokens` more. What is not accepted does not survive a growth."""
+        if self.length + tokens > self.capacity:
+            self.capacity = _bucket(max(self.length + tokens, self.capacity * 3 // 2))
             for layer in self.layers:
                 layer.grow(self.capacity)
+
+    def expect(self, tokens: int, ahead: int = 0) -> None:
+        """Say that the next pass brings `tokens` tokens, `ahead` past the accepted ones."""
+        start = self.length + ahead
         slots = torch.arange(start, start + tokens, device=self._rows.device)
         kv_len = torch.full_like(self.tail_start, start + tokens)
         self.span = Span(kv_len, self._rows, slots.expand(len(self._rows), -1))

@@ -117,7 +117,8 @@ class Rounds:
     def draft_and_verify(self, inputs: dict[str, Any]) -> Round:
         gamma = 0
         if self.selection is not None:
-            gamma = min(self.draft_length, self.drafter.steps_left() - 1)
+            gamma = max(0, min(self.draft_length, self.drafter.steps_left() - 1))
+        self.cache.reserve(gamma + 1)
         positions = inputs["position_ids"][..., -1:]
         shared = {k: v for k, v in inputs.items() if k not in _OWN_INPUTS}
         tokens = self.draft(inputs["input_ids"], positions, gamma, shared)

@@ -135,8 +135,10 @@ def upcoming_noise(probabilities: Tensor, steps: int) -> list[Tensor]:
     device = probabilities.device
     if device.type == "cuda":
         generator = torch.cuda.default_generators[device.index or 0]
-    else:
+    elif device.type == "cpu":
         generator = torch.default_generator
+    else:  # a generator that cannot be put back must not be drawn from
+        return [torch.ones_like(probabilities)] * steps
     state = generator.get_state()
     try:
         return [torch.empty_like(probabilities).exponential_(1) for _ in range(steps)]

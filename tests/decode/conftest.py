@@ -27,12 +27,6 @@ TEXT = dict(
 MARGIN = 1e-4  # of log-probability (plus noise): below it float32 rounding may decide
 
 
-@pytest.fixture(autouse=True, scope="session")
-def one_thread() -> None:
-    """Tests run side by side; more threads each would only wait for each other."""
-    torch.set_num_threads(1)
-
-
 def _words(count: int) -> list[int]:
     return torch.randint(7, 99, (count,)).tolist()
 
