@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from std_decode.patching import is_patched, last_stats, patch, patched, unpatch
     from std_decode.stats import DecodeStats
 
+__version__ = "0.1.0"
 __all__ = ["DecodeStats", "is_patched", "last_stats", "patch", "patched", "unpatch"]
 
 

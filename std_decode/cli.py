@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from std_decode import __version__
 from std_decode.demo.camera import TAGS
 from std_decode.demo.video import MOST_SECONDS
 
@@ -54,6 +55,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="std-decode",
         description="Lossless faster decoding for video LLMs: draft sparsely, verify densely.",
     )
+    parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     demo = commands.add_parser(
         "demo",

@@ -17,6 +17,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from transformers import TextStreamer
+from transformers.utils.logging import disable_progress_bar
 
 import std_decode
 from std_decode.cli import BadInput
@@ -55,6 +56,7 @@ def demo(options: argparse.Namespace) -> int:
     """Run ``std-decode demo``. Returns 0 if the tokens were identical, else 1."""
     console = Console()
     _check(options)
+    disable_progress_bar()  # of loading weights: a flash of one line for a model this small
     with tempfile.TemporaryDirectory() as folder:
         frames, clip = _film(options, Path(folder) / "clip.mp4", console)
     with console.status("loading the demo model"):

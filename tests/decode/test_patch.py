@@ -161,6 +161,16 @@ def test_a_peft_model_is_looked_through(make_case):
     assert torch.equal(expected, got)
 
 
+def test_a_compiled_model_is_looked_through(make_case):
+    case = make_case("llama", seed=1)
+    expected = case.generate()
+    case.model = torch.compile(case.model, backend="eager")
+    with std_decode.patched(case.model, draft_length=4, top_k_keys=8):
+        got = case.generate()
+        assert std_decode.last_stats(case.model).rounds > 0
+    assert torch.equal(expected, got)
+
+
 def test_patched_undoes_itself_after_an_error(make_case):
     case = make_case("llama")
     with pytest.raises(ZeroDivisionError), std_decode.patched(case.model):

@@ -90,6 +90,12 @@ def test_a_bad_video_leaves_every_file_as_it_was(tmp_path, content):
     assert clip.read_bytes() == content and figures.read_text() == "earlier"
 
 
+def test_the_version_is_that_of_the_package():
+    from importlib.metadata import version
+
+    assert run("--version").stdout.strip() == version("sparse-to-dense")
+
+
 def test_help_teaches():
     done = run("demo", "--help")
     assert done.returncode == 0
