@@ -64,7 +64,7 @@ def test_status_1_when_the_tokens_differ(monkeypatch, capsys):
         (["demo", "--top-k-keys", "0"], "--top-k-keys: is 0, expected at least 1"),
         (["demo", "--draft-length", "-1"], "--draft-length: is -1, expected 0 to 63"),
         (["demo", "--seconds", "many"], "'many' is no whole number"),
-        (["demo", "--events", "40"], "--events is 40, expected at most one a second, 32"),
+        (["demo", "--seconds", "5"], "--events is 12, expected at most one a second, 5"),
         (["demo", "--video", "nothing.mp4"], "nothing.mp4: no such file"),
         (["demo", "--video", "."], "not a file"),
         (["demo", "--json", "."], "--json: . cannot be a file"),

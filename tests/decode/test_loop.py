@@ -1,0 +1,58 @@
+"""Parts of the round that the tokens cannot show, because the tokens never depend on them."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from std_decode.loop import Rounds
+from std_decode.sampling import upcoming_noise
+from std_decode.selection import plan_selection
+from std_decode.stats import DecodeStats
+
+
+def rounds_with(layers, selection):
+    cache = SimpleNamespace(selecting_layers=layers, layers=layers)
+    return Rounds(None, None, frozenset(), cache, selection, None, 4, True, DecodeStats())
+
+
+def test_importance_is_the_best_share_lately():
+    """Scores are shares of their round; an earlier round's fade; the largest counts."""
+    selection = plan_selection(torch.ones(1, 20, dtype=torch.bool), None, top_k_keys=2)
+    layers = [SimpleNamespace(indices=None, scores=None) for _ in range(2)]
+    rounds = rounds_with(layers, selection)
+
+    def chosen(*scores):
+        for layer in layers:
+            # Room for generated keys behind the prompt, which must not be selected.
+            layer.scores = torch.full((1, 1, 32), 1e-3)
+            layer.scores[..., 20:] = 9.0
+            for position, value in scores:
+                layer.scores[..., position] = value
+        rounds.select(selection)
+        assert all(layer.scores is None for layer in layers)
+        assert torch.equal(layers[0].indices, layers[1].indices)
+        return layers[0].indices[0, 0].tolist()
+
+    sinks = [0, 1, 2, 3]
+    assert chosen((10, 5.0), (12, 4.0)) == [*sinks, 10, 12]
+    # Ten times the scores are no more than the shares they make: 0.55 and 0.45.
+    assert chosen((15, 50.0), (16, 40.0)) == [*sinks, 10, 15]
+    assert chosen((17, 9.0)) == [*sinks, 15, 17]
+    for _ in range(5):  # 17 fades from 1 to 0.59, and is still worth more than 0.4
+        assert chosen((18, 6.0), (19, 4.0)) == [*sinks, 17, 18]
+    for _ in range(5):
+        last = chosen((18, 6.0), (19, 4.0))
+    assert last == [*sinks, 18, 19]
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_upcoming_noise_is_what_multinomial_draws(rows):
+    """argmax(p / q) with the peeked q is what torch.multinomial goes on to choose."""
+    torch.manual_seed(3)
+    probabilities = torch.rand(4, rows, 50).softmax(-1)
+    before = torch.get_rng_state()
+    noise = upcoming_noise(probabilities[0], 4)
+    assert torch.equal(before, torch.get_rng_state())
+    for p, q in zip(probabilities, noise):
+        assert torch.equal((p / q).argmax(-1), torch.multinomial(p, 1)[:, 0])
