@@ -75,9 +75,10 @@ def sparse_attention(
         RuntimeError: an input requires grad while gradients are enabled; there is no backward.
 
     Note:
-        Cost grows with K + tail, not with N. The CPU path reads the lengths on the host and
-        copies those K + tail rows; empty entries at the end of every list are free, others cost
-        a mask. In half precision its lse is good to eps/2 of query's dtype.
+        Cost grows with K + tail, not with N. The Triton path makes two launches, reads the rows in
+        place and nothing back. The CPU path reads the lengths on the host and copies those
+        K + tail rows; empty entries at the end of every list are free, others cost a mask. In half
+        precision its lse is good to eps/2 of query's dtype.
     """
     op = "sparse_attention"
     B, _, _, D, Hkv, N = check_query_key(op, query, key)

@@ -91,10 +91,12 @@ def verify_attention(
         RuntimeError: an input requires grad while gradients are enabled; there is no backward.
 
     Note:
-        Cost follows kv_len and window, not N. The CPU path reads the lengths on the host, makes
-        one call for rows that share a range and one a row otherwise, and does not promise bits
-        that are independent of T: matrix libraries choose their blocking by the row count. In
-        half precision its lse is good to eps/2 of query's dtype.
+        Cost follows kv_len and window, not N. The Triton path makes two launches, reads nothing
+        back and, by construction, gives a row the same bits whatever T and the batch. The CPU path
+        reads the lengths on the host, makes one call for rows that share a range and one a row
+        otherwise, and does not promise bits that are independent of T: matrix libraries choose
+        their blocking by the row count. In half precision its lse is good to eps/2 of query's
+        dtype.
     """
     op = "verify_attention"
     scale = _check(op, query, key, value, kv_len, kv_start, window, scale, softcap, sinks)
@@ -135,8 +137,8 @@ def verify_attention_with_scores(
         TypeError, ValueError, RuntimeError: as `verify_attention`.
 
     Note:
-        As `verify_attention`, plus the scores. The CPU path reads the keys a second time for
-        them, in chunks of about 2^20 logits.
+        As `verify_attention`, plus the scores: the Triton path takes them from the same pass over
+        the keys; the CPU path reads the keys a second time, in chunks of about 2^20 logits.
     """
     op = "verify_attention_with_scores"
     scale = _check(op, query, key, value, kv_len, kv_start, window, scale, softcap, sinks)
