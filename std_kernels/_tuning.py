@@ -1,0 +1,132 @@
+"""The frozen launch table: the tile sizes each kernel runs with, and how each row is known.
+
+A row is chosen from the op, the architecture, the precision and the head dim, and the split
+length from the cache's capacity as well; never from T or B. verify_attention's promise, that a
+row's bits do not depend on T or on the batch, rests on this. Nothing is tuned at run time.
+
+Every row can be compiled without a GPU. The module that holds an op's kernels has a function
+`aot_specs(arch, dtype, row) -> list[_device.Spec]`, dtype one of "fp16", "bf16", "fp32" (see
+`Row.dtypes`), and the op's own module re-exports it as `_aot_specs` where Triton is installed.
+"""
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+
+HALF, FLOAT = "half", "fp32"
+ANY = 1 << 62
+
+
+class Target(NamedTuple):
+    """What `triton.backends.compiler.GPUTarget` takes, and what one program may hold."""
+
+    backend: str
+    arch: int | str
+    warp_size: int
+    shared_memory: int  # bytes
+
+
+TARGETS = {
+    "sm_80": Target("cuda", 80, 32, 166912),
+    "sm_90": Target("cuda", 90, 32, 232448),
+    "sm_100": Target("cuda", 100, 32, 232448),
+    "sm_120": Target("cuda", 120, 32, 101376),
+    "gfx942": Target("hip", "gfx942", 64, 65536),
+}
+
+
+class Config(NamedTuple):
+    """How one kernel is launched."""
+
+    block_m: int  # query rows of a tile
+    block_n: int  # keys, list entries or scores of a tile
+    split: int  # keys, list entries or scores that one program reads
+    num_warps: int
+    num_stages: int
+
+
+class Row(NamedTuple):
+    """One launch configuration and its source."""
+
+    op: str
+    kernel: str
+    arch: str  # a key of TARGETS, "default" or "interpreter"
+    dtype: str  # HALF or FLOAT, the precision of query and key
+    head_dim: int  # the largest D the row is for; 0 for an op without one
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+    splits: tuple[tuple[int, int], ...]  # (largest capacity, split length), ascending
+    source: str
+
+    @property
+    def dtypes(self) -> tuple[str, ...]:
+        """The dtypes, as Triton spells them, that the row is used with."""
+        return ("fp16", "bf16") if self.dtype == HALF else ("fp32",)
+
+    def config(self, capacity: int = ANY) -> Config:
+        split = next(split for limit, split in self.splits if capacity <= limit)
+        return Config(self.block_m, self.block_n, split, self.num_warps, self.num_stages)
+
+
+# Short splits fill the GPU at B = 1, long ones write fewer partials; see the byte counts in the
+# sources. All of these are estimates from bytes, none has been run.
+_VERIFY_SPLITS = ((8192, 256), (32768, 512), (65536, 1024), (ANY, 2048))
+_SPARSE_SPLITS = ((ANY, 32),)
+_ESTIMATE = "estimate from bytes, not run"
+
+_VERIFY = (
+    # op, kernel, arch, dtype, head_dim, block_m, block_n, num_warps, num_stages
+    Row("verify_attention", "split", "sm_80", HALF, 64, 64, 64, 4, 3, _VERIFY_SPLITS, _ESTIMATE),
+    Row("verify_attention", "split", "sm_80", HALF, 128, 64, 32, 4, 3, _VERIFY_SPLITS, _ESTIMATE),
+    Row("verify_attention", "split", "sm_80", HALF, 256, 64, 32, 8, 3, _VERIFY_SPLITS, _ESTIMATE),
+    Row("verify_attention", "split", "default", HALF, 256, 64, 32, 8, 2, _VERIFY_SPLITS, _ESTIMATE),
+    Row("verify_attention", "split", "default", FLOAT, 256, 16, 32, 8, 1, _VERIFY_SPLITS, _ESTIMATE),
+    Row("verify_attention", "split", "interpreter", HALF, 256, 32, 16, 1, 1, ((ANY, 48),), "tests"),
+    Row("verify_attention", "split", "interpreter", FLOAT, 256, 32, 16, 1, 1, ((ANY, 48),), "tests"),
+)  # fmt: skip
+
+TABLE: tuple[Row, ...] = _VERIFY
+
+
+@lru_cache(maxsize=4096)
+def config(op: str, kernel: str, arch: str, dtype: str, head_dim: int, capacity: int) -> Config:
+    """The configuration of a kernel: the first row that is large enough, else the default's.
+
+    Args:
+        op, kernel: whose.
+        arch: from `arch_of`.
+        dtype: HALF or FLOAT.
+        head_dim: D, 0 for an op without one.
+        capacity: N, or whatever the op's split lengths are laddered by.
+    """
+    for name in (arch, "default"):
+        for row in TABLE:
+            if row[:4] == (op, kernel, name, dtype) and head_dim <= row.head_dim:
+                return row.config(capacity)
+    raise LookupError(f"no row for {op}, {kernel}, {dtype}, head dim {head_dim}")
+
+
+@lru_cache(maxsize=64)
+def arch_of(device: torch.device) -> str:
+    """The table's name for a device; "interpreter" for a CPU, where kernels run in it."""
+    if device.type == "cpu":
+        return "interpreter"
+    if torch.version.hip is not None:
+        name = torch.cuda.get_device_properties(device).gcnArchName.partition(":")[0]
+        # The compute chips of the same line; both have at least gfx942's 64 KiB of LDS.
+        return "gfx942" if name in ("gfx90a", "gfx942", "gfx950") else "default"
+    major, minor = torch.cuda.get_device_capability(device)
+    if (major, minor) in ((8, 6), (8, 9)):
+        return "sm_120"  # mma.sync and 99 KiB of shared memory, as there
+    if (major, minor) == (8, 7):
+        return "sm_80"
+    name = f"sm_{major}0"
+    return name if name in TARGETS else "default"
+
+
+def precision(dtype: torch.dtype) -> str:
+    """The table's name for a dtype."""
+    return FLOAT if dtype is torch.float32 else HALF
