@@ -7,10 +7,8 @@ are written as `tl.fma`, so that no compiler contracts them in one place and not
 
 from typing import Any, NamedTuple
 
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 INTERPRET = tl.constexpr(bool(triton.knobs.runtime.interpret))
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -183,7 +181,7 @@ def padded(head_dim: int) -> int:
 
 
 class Spec(NamedTuple):
-    """One kernel to compile ahead of time: `triton.compile(ASTSource(*spec.source), ...)`."""
+    """One kernel to compile ahead of time: the first four are `ASTSource`'s arguments."""
 
     kernel: Any
     signature: dict[str, str]
@@ -214,7 +212,7 @@ def aot_spec(
     if missing := set(names) ^ {*types, *constexprs}:
         raise ValueError(f"{kernel.__name__}: not described, or unknown: {sorted(missing)}")
     signature = {name: types.get(name, "constexpr") for name in names}
-    attrs = {
+    attrs: dict[tuple[int, ...], list[list[Any]]] = {
         (i,): [["tt.divisibility", 16]]
         for i, name in enumerate(names)
         if signature[name].startswith("*") or (name.startswith("stride_") and name in types)

@@ -4,9 +4,9 @@ A row is chosen from the op, the architecture, the precision and the head dim, a
 length from the cache's capacity as well; never from T or B. verify_attention's promise, that a
 row's bits do not depend on T or on the batch, rests on this. Nothing is tuned at run time.
 
-Every row can be compiled without a GPU. The module that holds an op's kernels has a function
-`aot_specs(arch, dtype, row) -> list[_device.Spec]`, dtype one of "fp16", "bf16", "fp32" (see
-`Row.dtypes`), and the op's own module re-exports it as `_aot_specs` where Triton is installed.
+Every row can be compiled without a GPU: an op's kernels and launcher stand in the module
+`std_kernels._<op>_kernels`, which has a function `aot_specs(arch, dtype, row)` that returns a
+list of `_device.Spec`; dtype is one of `row.dtypes`.
 """
 
 from functools import lru_cache
@@ -77,16 +77,18 @@ _VERIFY_SPLITS = ((8192, 256), (32768, 512), (65536, 1024), (ANY, 2048))
 _SPARSE_SPLITS = ((ANY, 32),)
 _ESTIMATE = "estimate from bytes, not run"
 
-_VERIFY = (
-    # op, kernel, arch, dtype, head_dim, block_m, block_n, num_warps, num_stages
-    Row("verify_attention", "split", "sm_80", HALF, 64, 64, 64, 4, 3, _VERIFY_SPLITS, _ESTIMATE),
-    Row("verify_attention", "split", "sm_80", HALF, 128, 64, 32, 4, 3, _VERIFY_SPLITS, _ESTIMATE),
-    Row("verify_attention", "split", "sm_80", HALF, 256, 64, 32, 8, 3, _VERIFY_SPLITS, _ESTIMATE),
-    Row("verify_attention", "split", "default", HALF, 256, 64, 32, 8, 2, _VERIFY_SPLITS, _ESTIMATE),
-    Row("verify_attention", "split", "default", FLOAT, 256, 16, 32, 8, 1, _VERIFY_SPLITS, _ESTIMATE),
-    Row("verify_attention", "split", "interpreter", HALF, 256, 32, 16, 1, 1, ((ANY, 48),), "tests"),
-    Row("verify_attention", "split", "interpreter", FLOAT, 256, 32, 16, 1, 1, ((ANY, 48),), "tests"),
-)  # fmt: skip
+# fmt: off
+_VERIFY = tuple(Row("verify_attention", "split", *row) for row in (
+    # arch, dtype, head_dim, block_m, block_n, num_warps, num_stages, splits, source
+    ("sm_80", HALF, 64, 64, 64, 4, 3, _VERIFY_SPLITS, _ESTIMATE),
+    ("sm_80", HALF, 128, 64, 32, 4, 3, _VERIFY_SPLITS, _ESTIMATE),
+    ("sm_80", HALF, 256, 64, 32, 8, 3, _VERIFY_SPLITS, _ESTIMATE),
+    ("default", HALF, 256, 64, 32, 8, 2, _VERIFY_SPLITS, _ESTIMATE),
+    ("default", FLOAT, 256, 16, 32, 8, 1, _VERIFY_SPLITS, _ESTIMATE),
+    ("interpreter", HALF, 256, 32, 16, 1, 1, ((ANY, 48),), "small, to have many tiles"),
+    ("interpreter", FLOAT, 256, 32, 16, 1, 1, ((ANY, 48),), "small, to have many tiles"),
+))
+# fmt: on
 
 TABLE: tuple[Row, ...] = _VERIFY
 
