@@ -74,8 +74,10 @@ class Row(NamedTuple):
 # Short splits fill the GPU at B = 1, long ones write fewer partials; see the byte counts in the
 # sources. All of these are estimates from bytes, none has been run.
 _VERIFY_SPLITS = ((8192, 256), (32768, 512), (65536, 1024), (ANY, 2048))
-_SPARSE_SPLITS = ((ANY, 32),)
+# By B * Hkv: short lists a program where there are few heads to fill the GPU with.
+_SPARSE_SPLITS = ((16, 32), (48, 64), (ANY, 128))
 _ESTIMATE = "estimate from bytes, not run"
+_SMALL = "small, so that small tests have many tiles"
 
 # fmt: off
 _VERIFY = tuple(Row("verify_attention", "split", *row) for row in (
@@ -85,12 +87,51 @@ _VERIFY = tuple(Row("verify_attention", "split", *row) for row in (
     ("sm_80", HALF, 256, 64, 32, 8, 3, _VERIFY_SPLITS, _ESTIMATE),
     ("default", HALF, 256, 64, 32, 8, 2, _VERIFY_SPLITS, _ESTIMATE),
     ("default", FLOAT, 256, 16, 32, 8, 1, _VERIFY_SPLITS, _ESTIMATE),
-    ("interpreter", HALF, 256, 32, 16, 1, 1, ((ANY, 48),), "small, to have many tiles"),
-    ("interpreter", FLOAT, 256, 32, 16, 1, 1, ((ANY, 48),), "small, to have many tiles"),
+    ("interpreter", HALF, 256, 32, 16, 1, 1, ((ANY, 48),), _SMALL),
+    ("interpreter", FLOAT, 256, 32, 16, 1, 1, ((ANY, 48),), _SMALL),
+))
+_SCORE_SPLITS = ((16384, 512), (65536, 1024), (ANY, 2048))
+_SCORE_KEYS = tuple(Row("score_keys", *row) for row in (
+    # kernel, arch, dtype, head_dim, block_m, block_n, num_warps, num_stages, splits, source
+    ("lse", "sm_80", HALF, 128, 64, 64, 4, 3, _SCORE_SPLITS, _ESTIMATE),
+    ("lse", "sm_90", HALF, 128, 128, 128, 8, 2, _SCORE_SPLITS, _ESTIMATE),
+    ("lse", "default", HALF, 128, 64, 64, 4, 2, _SCORE_SPLITS, _ESTIMATE),
+    ("lse", "default", HALF, 256, 64, 32, 4, 2, _SCORE_SPLITS, _ESTIMATE),
+    ("lse", "default", FLOAT, 256, 32, 32, 4, 1, _SCORE_SPLITS, _ESTIMATE),
+    ("lse", "interpreter", HALF, 256, 16, 16, 1, 1, ((ANY, 48),), _SMALL),
+    ("lse", "interpreter", FLOAT, 256, 16, 16, 1, 1, ((ANY, 48),), _SMALL),
+    ("column", "sm_80", HALF, 128, 64, 64, 4, 3, ((ANY, 64),), _ESTIMATE),
+    ("column", "sm_90", HALF, 128, 64, 128, 8, 2, ((ANY, 128),), _ESTIMATE),
+    ("column", "default", HALF, 128, 64, 64, 4, 2, ((ANY, 64),), _ESTIMATE),
+    ("column", "default", HALF, 256, 32, 64, 4, 2, ((ANY, 64),), _ESTIMATE),
+    ("column", "default", FLOAT, 256, 32, 32, 4, 1, ((ANY, 32),), _ESTIMATE),
+    ("column", "interpreter", HALF, 256, 16, 16, 1, 1, ((ANY, 16),), _SMALL),
+    ("column", "interpreter", FLOAT, 256, 16, 16, 1, 1, ((ANY, 16),), _SMALL),
+))
+# Scores are float32 and have no head dim. "row": one program a row, for rows up to the split
+# length. "chunk": the least power of two that makes at most 32 chunks of a row.
+_SELECT_TOPK = tuple(Row("select_topk", *row) for row in (
+    # kernel, arch, dtype, head_dim, block_m, block_n, num_warps, num_stages, splits, source
+    ("row", "default", FLOAT, 0, 1, 4096, 16, 1, ((ANY, 32768),), _ESTIMATE),
+    ("row", "interpreter", FLOAT, 0, 1, 64, 1, 1, ((ANY, 128),), _SMALL),
+    ("chunk", "default", FLOAT, 0, 1, 2048, 4, 1,
+     ((1 << 18, 8192), (1 << 19, 16384), (ANY, 32768)), _ESTIMATE),
+    ("chunk", "interpreter", FLOAT, 0, 1, 32, 1, 1, ((1024, 64), (ANY, 32768)), _SMALL),
+))
+_SPARSE = tuple(Row("sparse_attention", *row) for row in (
+    # kernel, arch, dtype, head_dim, block_m, block_n, num_warps, num_stages, splits, source
+    ("few rows", "default", HALF, 256, 16, 32, 4, 1, _SPARSE_SPLITS, _ESTIMATE),
+    ("few rows", "default", FLOAT, 256, 16, 32, 4, 1, _SPARSE_SPLITS, _ESTIMATE),
+    ("many rows", "default", HALF, 256, 64, 32, 8, 1, _SPARSE_SPLITS, _ESTIMATE),
+    ("many rows", "default", FLOAT, 256, 16, 32, 8, 1, _SPARSE_SPLITS, _ESTIMATE),
+    ("few rows", "interpreter", HALF, 256, 16, 16, 1, 1, ((2, 16), (ANY, 32)), _SMALL),
+    ("few rows", "interpreter", FLOAT, 256, 16, 16, 1, 1, ((2, 16), (ANY, 32)), _SMALL),
+    ("many rows", "interpreter", HALF, 256, 32, 16, 1, 1, ((2, 16), (ANY, 32)), _SMALL),
+    ("many rows", "interpreter", FLOAT, 256, 32, 16, 1, 1, ((2, 16), (ANY, 32)), _SMALL),
 ))
 # fmt: on
 
-TABLE: tuple[Row, ...] = _VERIFY
+TABLE: tuple[Row, ...] = _VERIFY + _SPARSE + _SCORE_KEYS + _SELECT_TOPK
 
 
 @lru_cache(maxsize=4096)
