@@ -99,7 +99,7 @@ def _score_keys_lse_kernel(
         product = dot(rows, tl.trans(keys), tl.zeros((BLOCK_M, BLOCK_N), tl.float32))
         visible = (n < stop)[None, :] & (n[None, :] <= (high - W + w)[:, None])
         logits = tl.where(visible, base2_logits(product, scale, softcap), NEG_INF)
-        _, _, top, total = online_softmax(logits, top, total)
+        _weights, _factor, top, total = online_softmax(logits, top, total)
 
     seen = total > 0.0
     lse = tl.where(seen, top + tl.log2(tl.where(seen, total, 1.0)), NEG_INF)
@@ -153,23 +153,24 @@ def _score_keys_column_kernel(
     b, h = bh // HKV, bh % HKV
     low, high, first, count = _ranges(kv_len_ptr, kv_start_ptr, num_queries_ptr, b, W)
     n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
-    total = tl.zeros((BLOCK_N,), tl.float32)
+    shares = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     if (tile * BLOCK_N < high) & (tile * BLOCK_N + BLOCK_N > low):
         valid = (n >= low) & (n < high)
         key_ptr += b * stride_key_b + h * stride_key_h
         keys = _load_tile(key_ptr, n.to(tl.int64) * stride_key_n, valid, D, BLOCK_D)
         query_ptr += b * stride_query_b + h * G * stride_query_h
-        # Keys by rows, not rows by keys: the sum then stays within a warp's own registers.
         for r0 in tl.range(first * G // BLOCK_M * BLOCK_M, W * G, BLOCK_M):
             r = r0 + tl.arange(0, BLOCK_M)
             w = r // G
             at = (r % G).to(tl.int64) * stride_query_h + w.to(tl.int64) * stride_query_w
             rows = _load_tile(query_ptr, at, (w >= first) & (w < W), D, BLOCK_D)
             lse = tl.load(lse_ptr + bh * (W * G) + r, mask=w < W, other=float("inf"))
-            product = dot(keys, tl.trans(rows), tl.zeros((BLOCK_N, BLOCK_M), tl.float32))
-            visible = valid[:, None] & (n[:, None] <= (high - W + w)[None, :])
-            logits = base2_logits(product, scale, softcap) - lse[None, :]
-            total += tl.sum(tl.where(visible, tl.exp2(logits), 0.0), axis=1)
+            product = dot(rows, tl.trans(keys), tl.zeros((BLOCK_M, BLOCK_N), tl.float32))
+            visible = valid[None, :] & (n[None, :] <= (high - W + w)[:, None])
+            share = tl.exp2(base2_logits(product, scale, softcap) - lse[:, None])
+            # Rows are in different warps: summed here, every tile would cost a reduction.
+            shares += tl.where(visible, share, 0.0)
+    total = tl.sum(shares, axis=0)
     mean = total / (tl.maximum(count, 1) * G)
     tl.store(scores_ptr + bh * N + n, mean, mask=n < N)
 

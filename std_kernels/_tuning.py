@@ -95,16 +95,22 @@ _SCORE_KEYS = tuple(Row("score_keys", *row) for row in (
     # kernel, arch, dtype, head_dim, block_m, block_n, num_warps, num_stages, splits, source
     ("lse", "sm_80", HALF, 128, 64, 64, 4, 3, _SCORE_SPLITS, _ESTIMATE),
     ("lse", "sm_90", HALF, 128, 128, 128, 8, 2, _SCORE_SPLITS, _ESTIMATE),
+    ("lse", "sm_90", HALF, 256, 64, 64, 4, 2, _SCORE_SPLITS, _ESTIMATE),
+    ("lse", "sm_100", HALF, 128, 128, 128, 8, 2, _SCORE_SPLITS, _ESTIMATE),
+    ("lse", "sm_100", HALF, 256, 64, 64, 4, 2, _SCORE_SPLITS, _ESTIMATE),
     ("lse", "default", HALF, 128, 64, 64, 4, 2, _SCORE_SPLITS, _ESTIMATE),
     ("lse", "default", HALF, 256, 64, 32, 4, 2, _SCORE_SPLITS, _ESTIMATE),
-    ("lse", "default", FLOAT, 256, 32, 32, 4, 1, _SCORE_SPLITS, _ESTIMATE),
+    ("lse", "default", FLOAT, 256, 16, 32, 4, 1, _SCORE_SPLITS, _ESTIMATE),
     ("lse", "interpreter", HALF, 256, 16, 16, 1, 1, ((ANY, 48),), _SMALL),
     ("lse", "interpreter", FLOAT, 256, 16, 16, 1, 1, ((ANY, 48),), _SMALL),
     ("column", "sm_80", HALF, 128, 64, 64, 4, 3, ((ANY, 64),), _ESTIMATE),
     ("column", "sm_90", HALF, 128, 64, 128, 8, 2, ((ANY, 128),), _ESTIMATE),
+    ("column", "sm_90", HALF, 256, 64, 64, 4, 2, ((ANY, 64),), _ESTIMATE),
+    ("column", "sm_100", HALF, 128, 64, 128, 8, 2, ((ANY, 128),), _ESTIMATE),
+    ("column", "sm_100", HALF, 256, 64, 64, 4, 2, ((ANY, 64),), _ESTIMATE),
     ("column", "default", HALF, 128, 64, 64, 4, 2, ((ANY, 64),), _ESTIMATE),
     ("column", "default", HALF, 256, 32, 64, 4, 2, ((ANY, 64),), _ESTIMATE),
-    ("column", "default", FLOAT, 256, 32, 32, 4, 1, ((ANY, 32),), _ESTIMATE),
+    ("column", "default", FLOAT, 256, 16, 32, 4, 1, ((ANY, 32),), _ESTIMATE),
     ("column", "interpreter", HALF, 256, 16, 16, 1, 1, ((ANY, 16),), _SMALL),
     ("column", "interpreter", FLOAT, 256, 16, 16, 1, 1, ((ANY, 16),), _SMALL),
 ))
@@ -112,9 +118,9 @@ _SCORE_KEYS = tuple(Row("score_keys", *row) for row in (
 # length. "chunk": the least power of two that makes at most 32 chunks of a row.
 _SELECT_TOPK = tuple(Row("select_topk", *row) for row in (
     # kernel, arch, dtype, head_dim, block_m, block_n, num_warps, num_stages, splits, source
-    ("row", "default", FLOAT, 0, 1, 4096, 16, 1, ((ANY, 32768),), _ESTIMATE),
+    ("row", "default", FLOAT, 0, 1, 8192, 16, 1, ((ANY, 32768),), _ESTIMATE),
     ("row", "interpreter", FLOAT, 0, 1, 64, 1, 1, ((ANY, 128),), _SMALL),
-    ("chunk", "default", FLOAT, 0, 1, 2048, 4, 1,
+    ("chunk", "default", FLOAT, 0, 1, 4096, 8, 1,
      ((1 << 18, 8192), (1 << 19, 16384), (ANY, 32768)), _ESTIMATE),
     ("chunk", "interpreter", FLOAT, 0, 1, 32, 1, 1, ((1024, 64), (ANY, 32768)), _SMALL),
 ))
