@@ -24,8 +24,10 @@ PARTIAL_PAD = tl.constexpr(4)
 def dot(a, b, acc):
     """acc + a @ b in float32, with no rounding of float32 inputs to tf32."""
     if INTERPRET:
-        # The interpreter holds bfloat16 as raw bits and would multiply the bit patterns.
-        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
+        # The interpreter's tl.dot multiplies the bit patterns of bfloat16, which it holds as raw
+        # bits, and is a BLAS call that rounds a row by where it stands in the tile.
+        a, b = a.to(tl.float32).to(tl.float64), b.to(tl.float32).to(tl.float64)
+        return acc + tl.sum(a[:, :, None] * b[None, :, :], 1).to(tl.float32)
     else:
         return tl.dot(a, b, acc, input_precision="ieee")
 
