@@ -19,7 +19,7 @@ class Report:
     """The numbers of one compiled kernel."""
 
     registers: int
-    spills: int  # instructions that store to or load from thread-local memory
+    spills: int  # NVIDIA: instructions on thread-local memory; AMD: registers kept there
     shared: int  # bytes
     matrix: str  # the tensor-core instruction, "" for none
     dots: int  # matrix products in the source
@@ -82,7 +82,8 @@ def _inspect_amd(asm: dict[str, Any]) -> tuple[int, int, str, dict[int, int]]:
             raise RuntimeError(f"amdgcn: no {name} in the assembly")
         return int(found[1])
 
-    spills = number("vgpr_spill_count") + number("sgpr_spill_count")
+    # Scalar registers spill to lanes of vector ones, not to memory.
+    spills = number("vgpr_spill_count")
     matrix = re.search(r"\b(v_mfma)_", text)
     return number("vgpr_count"), spills, matrix[1] if matrix else "", loop_loads(text)
 

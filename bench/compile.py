@@ -14,7 +14,7 @@ from std_kernels import _tuning
 
 RESULTS = Path(__file__).parent / "results" / "compile.md"
 HEAD_DIMS = (64, 128, 256)
-# One instruction in ten may load a list of indices or a row's lse.
+# A list of indices or a row's lse may be narrow, the tiles may not.
 MAX_NARROW = 0.25
 _HELP = """\
 Compiles each kernel as the launch table would launch it, for sm_80, sm_90, sm_100, sm_120 and
@@ -36,7 +36,7 @@ class Case(NamedTuple):
     target: str
     dtype: str
     row: _tuning.Row
-    index: int  # among the row's specs
+    spec: int  # which of the row's
 
 
 class Result(NamedTuple):
@@ -91,7 +91,7 @@ def specs_of(target: str, dtype: str, row: _tuning.Row) -> list[Any]:
 
 def compile_case(case: Case) -> Result:
     """Compiles one kernel and judges it."""
-    spec = specs_of(case.target, case.dtype, case.row)[case.index]
+    spec = specs_of(case.target, case.dtype, case.row)[case.spec]
     name = spec.kernel.__name__.strip("_").removesuffix("_kernel").removeprefix(f"{case.row.op}_")
     try:
         report = inspect(compile_spec(spec, case.target))
@@ -126,7 +126,7 @@ def judge(report: Report, shared_limit: int, checked: bool, merges: bool) -> Ite
     if not checked:
         return
     if report.spills:
-        yield f"{report.spills} spill instructions"
+        yield f"{report.spills} spills"
     if not merges and report.narrow_share > MAX_NARROW:
         yield f"{report.narrow_share:.0%} of the bytes in loops in loads under 16 bytes"
     if report.dots and (report.scalar_dots or not report.matrix):

@@ -108,6 +108,7 @@ _SCORE_KEYS = tuple(Row("score_keys", *row) for row in (
     ("column", "sm_90", HALF, 256, 64, 64, 4, 2, ((ANY, 64),), _ESTIMATE),
     ("column", "sm_100", HALF, 128, 64, 128, 8, 2, ((ANY, 128),), _ESTIMATE),
     ("column", "sm_100", HALF, 256, 64, 64, 4, 2, ((ANY, 64),), _ESTIMATE),
+    ("column", "gfx942", HALF, 256, 64, 64, 8, 1, ((ANY, 64),), _ESTIMATE),
     ("column", "default", HALF, 128, 64, 64, 4, 2, ((ANY, 64),), _ESTIMATE),
     ("column", "default", HALF, 256, 32, 64, 4, 2, ((ANY, 64),), _ESTIMATE),
     ("column", "default", FLOAT, 256, 16, 32, 4, 1, ((ANY, 32),), _ESTIMATE),
@@ -116,12 +117,14 @@ _SCORE_KEYS = tuple(Row("score_keys", *row) for row in (
 ))
 # Scores are float32 and have no head dim. "row": one program a row, for rows up to the split
 # length. "chunk": the least power of two that makes at most 32 chunks of a row.
+_CHUNKS = ((1 << 18, 8192), (1 << 19, 16384), (ANY, 32768))
 _SELECT_TOPK = tuple(Row("select_topk", *row) for row in (
     # kernel, arch, dtype, head_dim, block_m, block_n, num_warps, num_stages, splits, source
+    ("row", "gfx942", FLOAT, 0, 1, 8192, 8, 1, ((ANY, 32768),), _ESTIMATE),
     ("row", "default", FLOAT, 0, 1, 8192, 16, 1, ((ANY, 32768),), _ESTIMATE),
     ("row", "interpreter", FLOAT, 0, 1, 64, 1, 1, ((ANY, 128),), _SMALL),
-    ("chunk", "default", FLOAT, 0, 1, 4096, 8, 1,
-     ((1 << 18, 8192), (1 << 19, 16384), (ANY, 32768)), _ESTIMATE),
+    ("chunk", "gfx942", FLOAT, 0, 1, 4096, 4, 1, _CHUNKS, _ESTIMATE),
+    ("chunk", "default", FLOAT, 0, 1, 4096, 8, 1, _CHUNKS, _ESTIMATE),
     ("chunk", "interpreter", FLOAT, 0, 1, 32, 1, 1, ((1024, 64), (ANY, 32768)), _SMALL),
 ))
 _SPARSE = tuple(Row("sparse_attention", *row) for row in (
