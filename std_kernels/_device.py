@@ -154,8 +154,10 @@ def merge_kernel(
         new_top = tl.maximum(top, tl.max(lse, 0))
         weights = tl.exp2(lse - new_top)
         factor = tl.exp2(top - new_top)
-        acc = tl.fma(acc, tl.full([BLOCK_D], 1.0, tl.float32) * factor,
-                     tl.sum(values * weights[:, None], 0))  # fmt: skip
+        # Exact products by fma: were they multiplied, a compiler might fuse them with the sum, in
+        # one copy of the loop and not in another.
+        weighted = tl.fma(values, tl.broadcast_to(weights[:, None], values.shape), 0.0)
+        acc = tl.fma(acc, factor, tl.sum(weighted, 0))
         total = tl.fma(total, factor, tl.sum(weights, 0))
         top = new_top
 

@@ -71,21 +71,60 @@ class Row(NamedTuple):
         return Config(self.block_m, self.block_n, split, self.num_warps, self.num_stages)
 
 
-# Short splits fill the GPU at B = 1, long ones write fewer partials; see the byte counts in the
-# sources. All of these are estimates from bytes, none has been run.
+# Short splits fill the GPU at B = 1, long ones write fewer partials: (D + 4) * T * G * 4 bytes a
+# split and KV head. On 132 SMs with two programs each, 4 KV heads at B = 1 are one wave at most.
+# Estimates, as all split lengths here: none has been run.
 _VERIFY_SPLITS = ((8192, 256), (32768, 512), (65536, 1024), (ANY, 2048))
 # By B * Hkv: short lists a program where there are few heads to fill the GPU with.
 _SPARSE_SPLITS = ((16, 32), (48, 64), (ANY, 128))
 _ESTIMATE = "estimate from bytes, not run"
+_AOT = "bf16 or fp32, compiled by Triton 3.7.1 and not run: no spills, "
 _SMALL = "small, so that small tests have many tiles"
 
 # fmt: off
+# Registers of the plain op, with scores, and with every option. The 16-row tile of float32 keeps
+# its multiply-adds in registers; on gfx942 a wider tile spills lane masks.
 _VERIFY = tuple(Row("verify_attention", "split", *row) for row in (
     # arch, dtype, head_dim, block_m, block_n, num_warps, num_stages, splits, source
-    ("sm_80", HALF, 64, 64, 64, 4, 3, _VERIFY_SPLITS, _ESTIMATE),
-    ("sm_80", HALF, 128, 64, 32, 4, 3, _VERIFY_SPLITS, _ESTIMATE),
-    ("sm_80", HALF, 256, 64, 32, 8, 3, _VERIFY_SPLITS, _ESTIMATE),
-    ("default", HALF, 256, 64, 32, 8, 2, _VERIFY_SPLITS, _ESTIMATE),
+    ("sm_80", HALF, 64, 64, 64, 4, 3, _VERIFY_SPLITS,
+     _AOT + "190/215/182 registers, 41 KiB, HMMA"),
+    ("sm_80", HALF, 128, 64, 32, 4, 3, _VERIFY_SPLITS,
+     _AOT + "204/215/228 registers, 52 KiB, HMMA"),
+    ("sm_80", HALF, 256, 64, 32, 8, 3, _VERIFY_SPLITS,
+     _AOT + "201/211/225 registers, 100 KiB, HMMA"),
+    ("sm_90", HALF, 64, 64, 64, 4, 3, _VERIFY_SPLITS,
+     _AOT + "113/201/159 registers, 57 KiB, HGMMA"),
+    ("sm_90", HALF, 128, 64, 64, 4, 3, _VERIFY_SPLITS,
+     _AOT + "212/232/223 registers, 113 KiB, HGMMA"),
+    ("sm_90", HALF, 256, 64, 32, 8, 3, _VERIFY_SPLITS,
+     _AOT + "165/195/164 registers, 129 KiB, HGMMA"),
+    ("sm_100", HALF, 64, 64, 64, 4, 3, _VERIFY_SPLITS,
+     _AOT + "156/201/118 registers, 58 KiB, tcgen05"),
+    ("sm_100", HALF, 128, 64, 64, 4, 3, _VERIFY_SPLITS,
+     _AOT + "247/240/155 registers, 114 KiB, tcgen05"),
+    ("sm_100", HALF, 256, 64, 64, 8, 2, _VERIFY_SPLITS,
+     _AOT + "186/236/143 registers, 162 KiB, tcgen05"),
+    ("sm_120", HALF, 64, 64, 64, 4, 3, _VERIFY_SPLITS,
+     _AOT + "192/236/168 registers, 41 KiB, HMMA"),
+    ("sm_120", HALF, 128, 64, 32, 4, 2, _VERIFY_SPLITS,
+     _AOT + "204/212/217 registers, 36 KiB, HMMA"),
+    ("sm_120", HALF, 256, 64, 32, 8, 2, _VERIFY_SPLITS,
+     _AOT + "204/218/220 registers, 68 KiB, HMMA"),
+    ("gfx942", HALF, 64, 64, 16, 2, 2, _VERIFY_SPLITS,
+     _AOT + "135/146/138 registers, 8 KiB, MFMA"),
+    ("gfx942", HALF, 128, 64, 16, 4, 2, _VERIFY_SPLITS,
+     _AOT + "121/132/123 registers, 16 KiB, MFMA"),
+    ("gfx942", HALF, 256, 64, 16, 8, 2, _VERIFY_SPLITS,
+     _AOT + "137/146/137 registers, 32 KiB, MFMA"),
+    ("default", HALF, 128, 64, 32, 8, 2, _VERIFY_SPLITS, _ESTIMATE),
+    ("default", HALF, 256, 64, 32, 8, 1, _VERIFY_SPLITS, _ESTIMATE),
+    ("sm_80", FLOAT, 256, 16, 32, 8, 2, _VERIFY_SPLITS, _AOT + "75/79/80 registers, 83 KiB, FMA"),
+    ("sm_90", FLOAT, 256, 16, 32, 8, 2, _VERIFY_SPLITS, _AOT + "79/80/80 registers, 83 KiB, FMA"),
+    ("sm_100", FLOAT, 256, 16, 32, 8, 2, _VERIFY_SPLITS, _AOT + "74/80/78 registers, 83 KiB, FMA"),
+    ("sm_120", FLOAT, 256, 16, 32, 8, 2, _VERIFY_SPLITS,
+     _AOT + "80/102/104 registers, 83 KiB, FMA"),
+    ("gfx942", FLOAT, 256, 16, 32, 8, 1, _VERIFY_SPLITS,
+     _AOT + "239/238/242 registers, 32 KiB, MFMA"),
     ("default", FLOAT, 256, 16, 32, 8, 1, _VERIFY_SPLITS, _ESTIMATE),
     ("interpreter", HALF, 256, 32, 16, 1, 1, ((ANY, 48),), _SMALL),
     ("interpreter", FLOAT, 256, 32, 16, 1, 1, ((ANY, 48),), _SMALL),
@@ -127,12 +166,47 @@ _SELECT_TOPK = tuple(Row("select_topk", *row) for row in (
     ("chunk", "default", FLOAT, 0, 1, 4096, 8, 1, _CHUNKS, _ESTIMATE),
     ("chunk", "interpreter", FLOAT, 0, 1, 32, 1, 1, ((1024, 64), (ANY, 32768)), _SMALL),
 ))
+# Registers at D = 128 and at D = 256.
 _SPARSE = tuple(Row("sparse_attention", *row) for row in (
     # kernel, arch, dtype, head_dim, block_m, block_n, num_warps, num_stages, splits, source
+    ("few rows", "sm_80", HALF, 256, 16, 32, 4, 1, _SPARSE_SPLITS,
+     _AOT + "96/168 registers, 25 KiB, HMMA"),
+    ("few rows", "sm_90", HALF, 256, 16, 32, 4, 1, _SPARSE_SPLITS,
+     _AOT + "110/166 registers, 25 KiB, HMMA"),
+    ("few rows", "sm_100", HALF, 256, 16, 32, 4, 1, _SPARSE_SPLITS,
+     _AOT + "110/166 registers, 25 KiB, HMMA"),
+    ("few rows", "sm_120", HALF, 256, 16, 32, 4, 1, _SPARSE_SPLITS,
+     _AOT + "110/164 registers, 25 KiB, HMMA"),
+    ("few rows", "gfx942", HALF, 256, 16, 32, 4, 1, _SPARSE_SPLITS,
+     _AOT + "97/159 registers, 16 KiB, MFMA"),
+    ("few rows", "sm_80", FLOAT, 64, 16, 32, 4, 1, _SPARSE_SPLITS,
+     _AOT + "72 registers at D = 64, 15 KiB, FMA"),
+    ("few rows", "sm_80", FLOAT, 256, 16, 32, 8, 1, _SPARSE_SPLITS,
+     _AOT + "64/100 registers, 51 KiB, FMA"),
+    ("few rows", "sm_90", FLOAT, 256, 16, 32, 8, 1, _SPARSE_SPLITS,
+     _AOT + "74/98 registers, 51 KiB, FMA"),
+    ("few rows", "sm_100", FLOAT, 256, 16, 32, 8, 1, _SPARSE_SPLITS,
+     _AOT + "76/108 registers, 51 KiB, FMA"),
+    ("few rows", "sm_120", FLOAT, 256, 16, 32, 8, 1, _SPARSE_SPLITS,
+     _AOT + "74/100 registers, 51 KiB, FMA"),
+    ("few rows", "gfx942", FLOAT, 256, 16, 32, 8, 1, _SPARSE_SPLITS,
+     _AOT + "145/232 registers, 32 KiB, MFMA"),
+    ("many rows", "sm_80", HALF, 256, 64, 32, 8, 1, _SPARSE_SPLITS,
+     _AOT + "173/238 registers, 52 KiB, HMMA"),
+    ("many rows", "sm_90", HALF, 256, 64, 32, 8, 1, _SPARSE_SPLITS,
+     _AOT + "140/255 registers, 64 KiB, HGMMA"),
+    ("many rows", "sm_100", HALF, 256, 64, 32, 8, 1, _SPARSE_SPLITS,
+     _AOT + "108/178 registers, 49 KiB, tcgen05"),
+    ("many rows", "sm_120", HALF, 256, 64, 32, 8, 1, _SPARSE_SPLITS,
+     _AOT + "166/236 registers, 52 KiB, HMMA"),
+    ("many rows", "gfx942", HALF, 64, 64, 16, 2, 1, _SPARSE_SPLITS,
+     _AOT + "110 registers at D = 64, 8 KiB, MFMA"),
+    ("many rows", "gfx942", HALF, 256, 64, 16, 4, 1, _SPARSE_SPLITS,
+     _AOT + "112/168 registers, 32 KiB, MFMA"),
     ("few rows", "default", HALF, 256, 16, 32, 4, 1, _SPARSE_SPLITS, _ESTIMATE),
-    ("few rows", "default", FLOAT, 256, 16, 32, 4, 1, _SPARSE_SPLITS, _ESTIMATE),
+    ("few rows", "default", FLOAT, 256, 16, 32, 8, 1, _SPARSE_SPLITS, _ESTIMATE),
     ("many rows", "default", HALF, 256, 64, 32, 8, 1, _SPARSE_SPLITS, _ESTIMATE),
-    ("many rows", "default", FLOAT, 256, 16, 32, 8, 1, _SPARSE_SPLITS, _ESTIMATE),
+    ("many rows", "default", FLOAT, 256, 16, 32, 8, 1, _SPARSE_SPLITS, "as few rows"),
     ("few rows", "interpreter", HALF, 256, 16, 16, 1, 1, ((2, 16), (ANY, 32)), _SMALL),
     ("few rows", "interpreter", FLOAT, 256, 16, 16, 1, 1, ((2, 16), (ANY, 32)), _SMALL),
     ("many rows", "interpreter", HALF, 256, 32, 16, 1, 1, ((2, 16), (ANY, 32)), _SMALL),
