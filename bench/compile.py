@@ -14,15 +14,16 @@ from std_kernels import _tuning
 
 RESULTS = Path(__file__).parent / "results" / "compile.md"
 HEAD_DIMS = (64, 128, 256)
-# A list of indices or a row's lse may be narrow, the tiles may not.
-MAX_NARROW = 0.25
+# Lists of indices, masks and a row's lse come in 4 bytes: in a gather each 16-byte piece needs an
+# index, twice for keys and values. A tile of 2-byte loads is half of the bytes or all.
+MAX_NARROW = 0.45
 _HELP = """\
 Compiles each kernel as the launch table would launch it, for sm_80, sm_90, sm_100, sm_120 and
 gfx942. No GPU is needed. The exit status is 1 if a kernel
 
   spills registers,
   needs more shared memory than the target has,
-  loads more than a quarter of a main loop's bytes in pieces of less than 16 bytes, or
+  loads the keys, values or scores in pieces of less than 16 bytes, or
   runs an fp16 or bf16 matrix product without tensor cores.
 
 float32 products run on plain multiply-adds by intent (tf32 would round their inputs), and are
@@ -94,13 +95,13 @@ def compile_case(case: Case) -> Result:
     spec = specs_of(case.target, case.dtype, case.row)[case.spec]
     name = spec.kernel.__name__.strip("_").removesuffix("_kernel").removeprefix(f"{case.row.op}_")
     try:
-        report = inspect(compile_spec(spec, case.target))
+        found = inspect(compile_spec(spec, case.target))
     except Exception as error:  # a compiler's errors have no common base
         return Result(case, name, None, (f"does not compile: {_last_line(error)}",))
     limit = _tuning.TARGETS[case.target].shared_memory
     # A float32 product is unrolled into multiply-adds and never runs where speed counts.
-    checked = case.dtype != "fp32" or report.dots == 0
-    return Result(case, name, report, tuple(judge(report, limit, checked, "merge" in name)))
+    checked = case.dtype != "fp32" or found.dots == 0
+    return Result(case, name, found, tuple(judge(found, limit, checked, "merge" in name)))
 
 
 def _last_line(error: Exception) -> str:
@@ -134,39 +135,44 @@ def judge(report: Report, shared_limit: int, checked: bool, merges: bool) -> Ite
 
 
 def run(options: argparse.Namespace) -> int:
+    targets = options.arch or list(_tuning.TARGETS)
+    ops = options.op or sorted({row.op for row in _tuning.TABLE})
+    results = compile_all(list(cases(targets, ops)), options.jobs)
+    # A part must not replace the whole.
+    whole = not (options.arch or options.op)
+    return report(results, options.out or (RESULTS if whole else None))
+
+
+def compile_all(todo: list[Case], jobs: int | None) -> list[Result]:
+    from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
+
+    results: dict[Case, Result] = {}
+    columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn())
+    with ProcessPoolExecutor(jobs) as pool, Progress(*columns) as progress:
+        task = progress.add_task("compiling", total=len(todo))
+        for future in as_completed([pool.submit(compile_case, case) for case in todo]):
+            result = future.result()
+            case = result.case
+            results[case] = result
+            progress.update(task, advance=1, description=f"{case.target} {case.row.op}")
+    return [results[case] for case in todo]
+
+
+def report(results: list[Result], out: Path | None) -> int:
+    """Prints the table, writes it to `out` and returns the exit status."""
     from rich.console import Console
-    from rich.progress import MofNCompleteColumn, Progress, SpinnerColumn, TimeRemainingColumn
 
     # As wide as the table: wrapped cells cannot be read.
     console = Console(width=None if sys.stdout.isatty() else 160)
-    ops = options.op or sorted({row.op for row in _tuning.TABLE})
-    todo = list(cases(options.arch or list(_tuning.TARGETS), ops))
-    results: dict[Case, Result] = {}
-    columns = (
-        SpinnerColumn(),
-        *Progress.get_default_columns()[:2],
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-    )
-    with ProcessPoolExecutor(options.jobs) as pool, Progress(*columns, console=console) as bar:
-        task = bar.add_task("compiling", total=len(todo))
-        for future in as_completed([pool.submit(compile_case, case) for case in todo]):
-            result = future.result()
-            results[result.case] = result
-            case = result.case
-            bar.update(task, advance=1, description=f"{case.target} {case.row.op}")
-    ordered = [results[case] for case in todo]
-    console.print(_table(ordered))
-    out = options.out or (RESULTS if not (options.arch or options.op) else None)
+    console.print(_table(results))
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(_markdown(ordered), encoding="utf-8")
+        out.write_text(_markdown(results), encoding="utf-8")
         console.print(f"written to {out}")
-    bad = [result for result in ordered if result.problems]
+    bad = [result for result in results if result.problems]
     for result in bad:
-        label = " ".join(_cells(result)[:5])
-        console.print(f"[red]{label}: {'; '.join(result.problems)}")
-    console.print(f"{len(ordered)} kernels, {len(bad)} with problems")
+        console.print(f"{' '.join(_cells(result)[:5])}: {'; '.join(result.problems)}", style="red")
+    console.print(f"{len(results)} kernels, {len(bad)} with problems")
     return 1 if bad else 0
 
 
@@ -188,7 +194,7 @@ _HEADER = (
 
 
 def _cells(result: Result) -> list[str]:
-    target, dtype, row, _ = result.case
+    target, dtype, row = result.case[:3]
     tile = f"{row.block_m}x{row.block_n}"
     launch = f"{row.num_warps}, {row.num_stages}"
     head = [target, row.op, result.kernel, dtype, str(row.head_dim or "-"), tile, launch]

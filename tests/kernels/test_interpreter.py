@@ -13,7 +13,9 @@ import pytest
 
 pytest.importorskip("triton")
 ROOT = Path(__file__).parents[2]
-FILES = sorted((Path(__file__).parent / "interpreter").glob("test_*.py"))
+HERE = Path(__file__).parent
+# The GPU suite too, at tiny sizes: otherwise its code would first run where time is short.
+FILES = [*sorted((HERE / "interpreter").glob("test_*.py")), HERE / "test_gpu.py"]
 
 
 def test_there_are_files_to_run():
