@@ -173,10 +173,7 @@ def _measure(call: Callable[[], Any], device: Any) -> dict[str, list[float]]:
     quantiles = [0.5, 0.2, 0.8]
     measured = {"cold": list(do_bench(call, warmup=25, rep=150, quantiles=quantiles))}
     try:
-        import torch
-
-        with torch.cuda.stream(torch.cuda.Stream()):
-            measured["graph"] = list(do_bench_cudagraph(call, rep=50, quantiles=quantiles))
+        measured["graph"] = list(do_bench_cudagraph(call, rep=50, quantiles=quantiles))
     except Exception as error:
         print(f"bench gpu: no graph: {error!r}"[:200], file=sys.stderr)
     return measured

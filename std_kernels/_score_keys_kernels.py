@@ -28,8 +28,8 @@ from std_kernels._device import (
     padded,
 )
 
-_REDUCE_ROWS = 128
-_REDUCE_WARPS = 4
+_MERGE_ROWS = 128
+_MERGE_WARPS = 4
 
 
 @triton.jit
@@ -208,9 +208,9 @@ def score_keys(
         BLOCK_M=partly.block_m, BLOCK_N=partly.block_n, SPLIT=partly.split,
         num_warps=partly.num_warps, num_stages=partly.num_stages,
     )  # fmt: skip
-    _score_keys_merge_kernel[(triton.cdiv(W * G, _REDUCE_ROWS), B * Hkv)](
+    _score_keys_merge_kernel[(triton.cdiv(W * G, _MERGE_ROWS), B * Hkv)](
         partial, lse, *ranges, sinks, W, splits, HKV=Hkv, G=G,
-        SPLIT=partly.split, BLOCK_M=_REDUCE_ROWS, num_warps=_REDUCE_WARPS,
+        SPLIT=partly.split, BLOCK_M=_MERGE_ROWS, num_warps=_MERGE_WARPS, num_stages=1,
     )  # fmt: skip
     _score_keys_column_kernel[(triton.cdiv(N, column.block_n), B * Hkv)](
         query, key, *ranges, lse, scores, *strides, W, N, *scales, **sizes,
@@ -261,7 +261,7 @@ def aot_specs(arch: str, dtype: str, row: _tuning.Row) -> list[Spec]:
         aot_spec(
             _score_keys_merge_kernel,
             merge,
-            {**shape, "SPLIT": split, "BLOCK_M": _REDUCE_ROWS},
-            _REDUCE_WARPS,
+            {**shape, "SPLIT": split, "BLOCK_M": _MERGE_ROWS},
+            _MERGE_WARPS,
         ),
     ]

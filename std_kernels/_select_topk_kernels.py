@@ -291,8 +291,9 @@ def select_topk(
     row = _tuning.config("select_topk", "row", arch, _tuning.FLOAT, 0, N)
     if N <= row.split:
         _select_topk_row_kernel[(R,)](
-            *inputs, indices, *sizes, BLOCK_N=row.block_n, num_warps=row.num_warps
-        )
+            *inputs, indices, *sizes,
+            BLOCK_N=row.block_n, num_warps=row.num_warps, num_stages=row.num_stages,
+        )  # fmt: skip
         return indices
     chunk = _tuning.config("select_topk", "chunk", arch, _tuning.FLOAT, 0, N)
     chunks = triton.next_power_of_2(triton.cdiv(N, chunk.split))
@@ -303,6 +304,7 @@ def select_topk(
         "CHUNKS": chunks,
         "BLOCK_N": chunk.block_n,
         "num_warps": chunk.num_warps,
+        "num_stages": chunk.num_stages,
     }
     grid = (R * chunks,)
     for p in range(4):
@@ -322,15 +324,14 @@ def aot_specs(arch: str, dtype: str, row: _tuning.Row) -> list[Spec]:
         **dict.fromkeys((f"stride_{x}" for x in strides), "i32"),
         **dict.fromkeys(("B", "Hkv", "N", "K"), "i32"),
     }
+    launch = row.num_warps, row.num_stages
     if row.kernel == "row":
         tile = {"BLOCK_N": row.block_n}
         masks = ("candidates_ptr", "always_ptr")
         bare = {name: t for name, t in types.items() if name not in masks}
         specs = [
-            aot_spec(_select_topk_row_kernel, types, tile, row.num_warps),
-            aot_spec(
-                _select_topk_row_kernel, bare, {**tile, **dict.fromkeys(masks)}, row.num_warps
-            ),
+            aot_spec(_select_topk_row_kernel, types, tile, *launch),
+            aot_spec(_select_topk_row_kernel, bare, {**tile, **dict.fromkeys(masks)}, *launch),
         ]
     else:
         types |= {"counts_ptr": "*i32", "state_ptr": "*i32"}
@@ -338,10 +339,10 @@ def aot_specs(arch: str, dtype: str, row: _tuning.Row) -> list[Spec]:
         tile = {"CHUNK": split, "CHUNKS": capacity // split, "BLOCK_N": row.block_n}
         count = {name: t for name, t in types.items() if name != "indices_ptr"}
         specs = [
-            aot_spec(_select_topk_count_kernel, count, {**tile, "PASS": p}, row.num_warps)
+            aot_spec(_select_topk_count_kernel, count, {**tile, "PASS": p}, *launch)
             for p in range(4)
         ]
-        specs.append(aot_spec(_select_topk_write_kernel, types, tile, row.num_warps))
+        specs.append(aot_spec(_select_topk_write_kernel, types, tile, *launch))
     # A masked load is as wide as N allows: capacities are multiples of 16.
     for spec in specs:
         spec.attrs[(list(spec.signature).index("N"),)] = [["tt.divisibility", 16]]
