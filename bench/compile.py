@@ -77,11 +77,18 @@ def reachable_rows(target: str) -> Iterator[_tuning.Row]:
 
 
 def cases(targets: list[str], ops: list[str]) -> Iterator[Case]:
+    """Every different kernel that the rows launch."""
     for target in targets:
+        # Rows share kernels: a merge does not depend on the tiles of what it merges.
+        seen = set()
         for row in reachable_rows(target):
-            if row.op in ops:
-                for dtype in row.dtypes:
-                    for index in range(len(specs_of(target, dtype, row))):
+            if row.op not in ops:
+                continue
+            for dtype in row.dtypes:
+                for index, spec in enumerate(specs_of(target, dtype, row)):
+                    described = (spec.kernel.__name__, str(spec[1:]))
+                    if described not in seen:
+                        seen.add(described)
                         yield Case(target, dtype, row, index)
 
 

@@ -128,8 +128,10 @@ def test_rows_of_a_call_do_not_touch_each_other(N):
 
 def test_offsets_beyond_32_bits():
     # Only the pages that hold the rows are ever touched.
-    storage = torch.empty((1 << 31) + LONG)
-    scores = storage.as_strided((2, 1, 1, LONG), (1 << 31, LONG, LONG, 1))
-    scores.copy_(torch.randn(2, 1, 1, LONG, generator=torch.Generator().manual_seed(0)))
-    check(scores, 20)
-    check(scores[..., :50], 20)
+    # A stride that fits 32 bits, and one that does not.
+    for rows, stride in ((3, 1 << 30), (2, 1 << 31)):
+        storage = torch.empty((1 << 31) + LONG)
+        scores = storage.as_strided((rows, 1, 1, LONG), (stride, LONG, LONG, 1))
+        scores.copy_(torch.randn(rows, 1, 1, LONG, generator=torch.Generator().manual_seed(0)))
+        check(scores, 20)
+        check(scores[..., :50], 20)
