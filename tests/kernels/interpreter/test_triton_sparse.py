@@ -134,17 +134,18 @@ def test_key_and_value_laid_out_differently(make_cache, assert_accurate):
     check(cache, *select(cache, [45], 11), assert_accurate)
 
 
-@pytest.mark.parametrize("strides", [(1 << 31, 512, 16), (512, 1 << 31, 16), (64, 32, 1 << 28)])
+@pytest.mark.parametrize("strides", [(1 << 30, 512, 16), (512, 1 << 30, 16), (64, 16, 1 << 28)])
 def test_offsets_beyond_32_bits(strides):
-    shape = (2, 2, 9, 16)
+    # Each stride fits 32 bits, and the offset of the last row does not.
+    shape = (4, 4, 9, 16)
     room = 1 + sum((size - 1) * stride for size, stride in zip(shape, (*strides, 1), strict=True))
     # Only the pages that hold the rows are ever touched.
     storage = torch.empty(room, dtype=torch.float16)
     key = storage.as_strided(shape, (*strides, 1))
     value = torch.randn(shape, dtype=torch.float16)
     key.copy_(torch.randn(shape))
-    query, kv_len = torch.randn(2, 2, 1, 16).half(), torch.tensor([9, 9], dtype=torch.int32)
-    rest = torch.tensor([[[7, 1, 0]] * 2] * 2, dtype=torch.int32), kv_len - 1, kv_len
+    query, kv_len = torch.randn(4, 4, 1, 16).half(), torch.tensor([9, 9, 9, 9], dtype=torch.int32)
+    rest = torch.tensor([[[7, 1, 0]] * 4] * 4, dtype=torch.int32), kv_len - 1, kv_len
     for args in ((key, value), (value, key)):
         got = sk.sparse_attention(query, *args, *rest)
         dense = [x.contiguous() for x in args]

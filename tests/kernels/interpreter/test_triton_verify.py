@@ -105,16 +105,17 @@ def test_key_and_value_laid_out_differently(make_cache, assert_accurate):
     check(cache, assert_accurate, torch.randn(1, 8, 6)[:, ::2, 2:5])
 
 
-@pytest.mark.parametrize("strides", [(1 << 31, 512, 16), (512, 1 << 31, 16), (64, 32, 1 << 28)])
+@pytest.mark.parametrize("strides", [(1 << 30, 512, 16), (512, 1 << 30, 16), (64, 16, 1 << 28)])
 def test_offsets_beyond_32_bits(assert_accurate, strides):
-    shape = (2, 2, 9, 16)
+    # Each stride fits 32 bits, and the offset of the last row does not.
+    shape = (4, 4, 9, 16)
     room = 1 + sum((size - 1) * stride for size, stride in zip(shape, (*strides, 1), strict=True))
     # Only the pages that hold the rows are ever touched.
     storage = torch.empty(room, dtype=torch.float16)
     key = storage.as_strided(shape, (*strides, 1))
     value = torch.randn(shape, dtype=torch.float16)
     key.copy_(torch.randn(shape))
-    query, kv_len = torch.randn(2, 2, 1, 16).half(), torch.tensor([9, 7], dtype=torch.int32)
+    query, kv_len = torch.randn(4, 4, 1, 16).half(), torch.tensor([9, 7, 8, 9], dtype=torch.int32)
     for args in ((key, value), (value, key)):
         got = sk.verify_attention(query, *args, kv_len)
         dense = [x.contiguous() for x in args]
@@ -174,13 +175,14 @@ def test_score_is_bounded_where_the_estimate_is_too_low(small_cache, assert_accu
     "dtype, options",
     [
         (torch.float32, {}),
-        (torch.float32, {"window": 60}),
+        (torch.float32, {"window": 130}),
         (torch.bfloat16, {"softcap": 3.0, "sinks": SINKS[:3]}),
     ],
 )
 def test_a_row_is_the_same_bits_for_every_T(small_cache, merge_two_at_once, dtype, options):
-    # 16 * 3 rows fill more than a tile. kv_len - T - window crosses a tile and a pair of splits.
-    cache = small_cache([154], G=3, T=16, dtype=dtype)
+    # 16 * 3 rows fill more than a tile. The window starts at 151 - T: in an odd split of
+    # 48 and in an even one, and anywhere in a tile. It leaves the last row three splits or more.
+    cache = small_cache([280], G=3, T=16, N=290, dtype=dtype)
     everything = sk.verify_attention(*cache.args(), **options)
     for T in range(1, 16):
         short = sk.verify_attention(cache.query[:, :, -T:], *cache.args()[1:], **options)
