@@ -39,7 +39,7 @@ def test_kernels_compile_well(case):
 def problems_of(row, dtype, change):
     spec = change(bench.specs_of("sm_90", dtype, row)[0])
     report = inspect(bench.compile_spec(spec, "sm_90"))
-    return list(bench.judge(report, _tuning.TARGETS["sm_90"].shared_memory, True, False))
+    return list(bench.judge(report, _tuning.TARGETS["sm_90"].shared_memory, True, 0.25))
 
 
 BAD = {
@@ -83,22 +83,22 @@ GOOD = Report(100, 0, 1000, "HGMMA", 1, 0, {16: 64, 4: 4})
     [
         ({"spills": 1}, "1 spills"),
         ({"shared": 2001}, "2001 bytes of shared memory"),
-        ({"loop_loads": {16: 64, 2: 64}}, "50% of the bytes"),
+        ({"loop_loads": {16: 64, 2: 32}}, "33% of the bytes"),
         ({"matrix": ""}, "without tensor cores"),
         ({"scalar_dots": 1}, "without tensor cores"),
     ],
 )
 def test_judge(change, complaint):
-    assert list(bench.judge(GOOD, 2000, True, False)) == []
-    (found,) = bench.judge(Report(**{**vars(GOOD), **change}), 2000, True, False)
+    assert list(bench.judge(GOOD, 2000, True, 0.25)) == []
+    (found,) = bench.judge(Report(**{**vars(GOOD), **change}), 2000, True, 0.25)
     assert complaint in found
 
 
 def test_judge_reports_float32_and_merges_only():
     slow = Report(255, 9, 1000, "", 1, 1, {4: 8})
-    assert list(bench.judge(slow, 2000, False, False)) == []
+    assert list(bench.judge(slow, 2000, False, 0.25)) == []
     merge = Report(30, 0, 0, "", 0, 0, {4: 8})
-    assert list(bench.judge(merge, 2000, True, True)) == []
+    assert list(bench.judge(merge, 2000, True, 1.0)) == []
 
 
 SASS = """

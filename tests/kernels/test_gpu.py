@@ -185,7 +185,8 @@ def test_offsets_beyond_32_bits(make_cache, far):
     cache.key, cache.value = key, value
     for name, call in every_op(cache).items():
         for got, expected in zip(call(), near[name](), strict=True):
-            assert torch.equal(got, expected), name
+            # Strides of 64 bits compile to another kernel, whose bits nothing promises.
+            torch.testing.assert_close(got, expected, rtol=2e-3, atol=2e-3, msg=name)
 
 
 def every_op(cache):
