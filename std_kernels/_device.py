@@ -11,13 +11,14 @@ import triton
 import triton.language as tl
 
 INTERPRET = tl.constexpr(bool(triton.knobs.runtime.interpret))
+# Triton compares every global constant of a kernel with its value at compile time at each launch,
+# 0.5 us a piece on the host. Kernels of a decode step write them out, those of prefill name them.
 LOG2E = tl.constexpr(1.4426950408889634)
-LN2 = tl.constexpr(0.6931471805599453)
 NEG_INF = tl.constexpr(float("-inf"))
 # The running maximum before any key: finite, so that no difference is inf - inf.
 NO_KEY = tl.constexpr(-1.0e30)
 # A partial row is BLOCK_D values, its lse and padding: one buffer, rows aligned to 16 bytes.
-PARTIAL_PAD = tl.constexpr(4)
+PARTIAL_PAD = 4
 
 
 @triton.jit
@@ -55,7 +56,7 @@ def tanh(x):
     poly = tl.fma(square, poly, -3.33332819422e-1)
     small = tl.fma(x, square * poly, x)
     size = tl.abs(x)
-    large = 1.0 - 2.0 / (tl.exp2(size * (2.0 * LOG2E)) + 1.0)
+    large = 1.0 - 2.0 / (tl.exp2(size * (2.0 * 1.4426950408889634)) + 1.0)
     return tl.where(size < 0.625, small, tl.where(x < 0.0, -large, large))
 
 
@@ -103,11 +104,11 @@ def online_softmax(x, top, total):
 @triton.jit
 def store_partial(partial_ptr, row, keep, acc, top, total, BLOCK_D: tl.constexpr):
     """Writes what one split found for rows `row` [M]: values [M, BLOCK_D] and base-2 lse."""
-    STRIDE: tl.constexpr = BLOCK_D + PARTIAL_PAD
+    STRIDE: tl.constexpr = BLOCK_D + 4  # PARTIAL_PAD
     d = tl.arange(0, BLOCK_D)
     seen = total > 0.0
     some = tl.where(seen, total, 1.0)
-    lse = tl.where(seen, top + tl.log2(some), NEG_INF)
+    lse = tl.where(seen, top + tl.log2(some), float("-inf"))
     values = acc * (1.0 / some)[:, None]
     at = partial_ptr + row.to(tl.int64) * STRIDE
     tl.store(at[:, None] + d[None, :], values, mask=(keep & seen)[:, None])
@@ -128,7 +129,7 @@ def merge_kernel(
 
     A split beyond the row's keys weighs exactly 0 and changes no bit.
     """
-    STRIDE: tl.constexpr = BLOCK_D + PARTIAL_PAD
+    STRIDE: tl.constexpr = BLOCK_D + 4  # PARTIAL_PAD
     r = tl.program_id(0)
     bh = tl.program_id(1)
     t, g = r // G, r % G
@@ -140,7 +141,7 @@ def merge_kernel(
         first = start // SPLIT
         last = tl.where(stop > start, tl.cdiv(stop, SPLIT), first)
 
-    top = NO_KEY
+    top = -1.0e30
     total = 0.0
     acc = tl.zeros([BLOCK_D], tl.float32)
     rows = partial_ptr + (bh.to(tl.int64) * num_splits * (T * G) + r) * STRIDE
@@ -148,8 +149,8 @@ def merge_kernel(
         s = s0 + tl.arange(0, BLOCK_S)
         live = (s >= first) & (s < last)
         at = rows + (s - first).to(tl.int64) * (T * G) * STRIDE
-        lse = tl.load(at + BLOCK_D, mask=live, other=NEG_INF)  # [BLOCK_S]
-        live = live & (lse > NEG_INF)
+        lse = tl.load(at + BLOCK_D, mask=live, other=float("-inf"))  # [BLOCK_S]
+        live = live & (lse > float("-inf"))
         values = tl.load(at[:, None] + d[None, :], mask=live[:, None], other=0.0)
         new_top = tl.maximum(top, tl.max(lse, 0))
         weights = tl.exp2(lse - new_top)
@@ -162,17 +163,17 @@ def merge_kernel(
         top = new_top
 
     seen = total > 0.0
-    nothing = NEG_INF
+    nothing = float("-inf")
     if sinks_ptr is not None:
         nothing = tl.load(sinks_ptr + (bh % HKV) * G + g)
-        sink = nothing * LOG2E
+        sink = nothing * 1.4426950408889634
         new_top = tl.maximum(top, sink)
         factor = tl.exp2(top - new_top)
         acc = acc * factor
         total = tl.fma(total, factor, tl.exp2(sink - new_top))
         top = new_top
     some = tl.where(seen, total, 1.0)
-    lse = tl.where(seen, (top + tl.log2(some)) * LN2, nothing)
+    lse = tl.where(seen, (top + tl.log2(some)) * 0.6931471805599453, nothing)
     out = tl.where(seen, acc * (1.0 / some), 0.0)
     at = (bh.to(tl.int64) * G + g) * T + t
     tl.store(out_ptr + at * D + d, cast(out, out_ptr.dtype.element_ty), mask=d < D)

@@ -16,8 +16,6 @@ import triton.language as tl
 from torch import Tensor
 
 from std_kernels._device import (
-    NEG_INF,
-    NO_KEY,
     PARTIAL_PAD,
     Spec,
     aot_spec,
@@ -65,7 +63,7 @@ def _sparse_split_kernel(
     last = tl.where(is_list, tl.minimum((s + 1) * SPLIT, K), kv_len)
     step = tl.where(is_list, BLOCK_N, tail_splits * BLOCK_N)
 
-    top = tl.full([BLOCK_M], NO_KEY, tl.float32)
+    top = tl.full([BLOCK_M], -1.0e30, tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     if first >= last:
@@ -97,7 +95,7 @@ def _sparse_split_kernel(
         product = dot(query, key, tl.zeros([BLOCK_M, BLOCK_N], tl.float32))
         # Causal in the tail only: a listed key may stand after a query, where T > tail.
         seen = valid[None, :] & (is_list | (n[None, :] <= position[:, None]))
-        x = tl.where(seen, base2_logits(product, scale, softcap), NEG_INF)
+        x = tl.where(seen, base2_logits(product, scale, softcap), float("-inf"))
         weights, factor, top, total = online_softmax(x, top, total)
         value = tl.load(
             value_ptr + n.to(tl.int64)[:, None] * stride_value_n + d[None, :],
@@ -173,7 +171,7 @@ def _plan(
         num_warps=row.num_warps,
         num_stages=row.num_stages,
     )
-    size = B * Hkv * num_splits * T * G * (block_d + PARTIAL_PAD.value)
+    size = B * Hkv * num_splits * T * G * (block_d + PARTIAL_PAD)
     merge_options = dict(**shared, BLOCK_S=MERGED_AT_ONCE, num_warps=4)
     return grid, (T * G, B * Hkv), size, (list_splits, tail_splits), options, merge_options
 

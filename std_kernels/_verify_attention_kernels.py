@@ -19,9 +19,6 @@ import triton.language as tl
 from torch import Tensor
 
 from std_kernels._device import (
-    LOG2E,
-    NEG_INF,
-    NO_KEY,
     PARTIAL_PAD,
     Spec,
     aot_spec,
@@ -88,10 +85,10 @@ def _verify_split_kernel(
     value_ptr += b * stride_value_b + h * stride_value_h
     if scores_ptr is not None:
         at = (bh * G + g) * T + t
-        cut = tl.load(score_lse_ptr + at, mask=t < T, other=float("inf")) * LOG2E
+        cut = tl.load(score_lse_ptr + at, mask=t < T, other=float("inf")) * 1.4426950408889634
         cut = tl.where(cut < float("inf"), cut, float("inf"))  # NaN switches a row off too
 
-    top = tl.full([BLOCK_M], NO_KEY, tl.float32)
+    top = tl.full([BLOCK_M], -1.0e30, tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     first = tl.maximum(low, start // BLOCK_N * BLOCK_N)
@@ -111,7 +108,7 @@ def _verify_split_kernel(
         if scores_ptr is not None:
             share = 1.0 / (1.0 + tl.exp2(cut[:, None] - x))
             tl.store(scores_ptr + n, tl.sum(tl.where(seen, share, 0.0), 0), mask=n < N)
-        x = tl.where(seen, x, NEG_INF)
+        x = tl.where(seen, x, float("-inf"))
         weights, factor, top, total = online_softmax(x, top, total)
         # Masked as the keys are: what is stale may be NaN, and NaN times a weight of 0 is NaN.
         value = tl.load(
@@ -228,7 +225,7 @@ def _plan(
         num_warps=row.num_warps,
         num_stages=row.num_stages,
     )
-    size = B * Hkv * num_splits * T * G * (block_d + PARTIAL_PAD.value)
+    size = B * Hkv * num_splits * T * G * (block_d + PARTIAL_PAD)
     merge_options = dict(**shared, BLOCK_S=MERGED_AT_ONCE, num_warps=4)
     return grid, (T * G, B * Hkv), size, options, merge_options
 
