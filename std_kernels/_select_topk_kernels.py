@@ -25,12 +25,13 @@ _FORCED = tl.constexpr(0xFFFFFFFF)
 
 @triton.jit
 def _keys(
-    scores_ptr, candidates_ptr, always_ptr,  # [N] each, one row's
+    scores_ptr, candidates_ptr, always_ptr,
+    scores_at, candidates_at, always_at,  # where the row's [N] begin, from _row_at
     n, in_row,  # [BLOCK_N]
 ):  # fmt: skip
     """Scores as uint32 in the same order: equal zeros, _NEVER and _FORCED by the op's rules."""
     # On bits, not floats: a GPU may flush denormals, and NaN compares differ between backends.
-    bits = tl.load(scores_ptr + n, mask=in_row, other=0.0).to(tl.uint32, bitcast=True)
+    bits = tl.load(scores_ptr + scores_at + n, mask=in_row, other=0.0).to(tl.uint32, bitcast=True)
     magnitude = bits & 0x7FFFFFFF
     # -0 has to tie with +0.
     bits = tl.where(magnitude == 0, magnitude, bits)
@@ -38,10 +39,10 @@ def _keys(
     keys = tl.where(negative, bits ^ 0xFFFFFFFF, bits | 0x80000000)
     never = (magnitude > 0x7F800000) | (bits == 0xFF800000)
     if candidates_ptr is not None:
-        never |= tl.load(candidates_ptr + n, mask=in_row, other=0) == 0
+        never |= tl.load(candidates_ptr + candidates_at + n, mask=in_row, other=0) == 0
     keys = tl.where(never, _NEVER, keys)
     if always_ptr is not None:
-        forced = tl.load(always_ptr + n, mask=in_row, other=0) != 0
+        forced = tl.load(always_ptr + always_at + n, mask=in_row, other=0) != 0
         keys = tl.where(forced, _FORCED, keys)
     return keys.to(tl.uint32)
 
@@ -118,20 +119,15 @@ def _pad(indices_ptr, start, K, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
-def _rows_of(
-    scores_ptr, candidates_ptr, always_ptr,
+def _row_at(
     stride_scores_l, stride_scores_b, stride_scores_h, stride_candidates_b, stride_always_b,
     row, B, Hkv,
 ):  # fmt: skip
-    """Where row `row` of [L, B, Hkv] begins in each tensor."""
+    """Where row `row` of [L, B, Hkv] begins in scores, candidates and always."""
     h = row % Hkv
     b = (row // Hkv) % B
-    scores_ptr += row // (Hkv * B) * stride_scores_l + b * stride_scores_b + h * stride_scores_h
-    if candidates_ptr is not None:
-        candidates_ptr += b * stride_candidates_b
-    if always_ptr is not None:
-        always_ptr += b * stride_always_b
-    return scores_ptr, candidates_ptr, always_ptr
+    at = row // (Hkv * B) * stride_scores_l + b * stride_scores_b + h * stride_scores_h
+    return at, b * stride_candidates_b, b * stride_always_b
 
 
 @triton.jit(do_not_specialize=["B", "Hkv", "K"])
@@ -144,8 +140,7 @@ def _select_topk_row_kernel(
 ):  # fmt: skip
     """Grid (L * B * Hkv,): a row per program, everything in one launch."""
     row = tl.program_id(0).to(tl.int64)
-    scores_ptr, candidates_ptr, always_ptr = _rows_of(
-        scores_ptr, candidates_ptr, always_ptr,
+    scores_at, candidates_at, always_at = _row_at(
         stride_scores_l, stride_scores_b, stride_scores_h, stride_candidates_b, stride_always_b,
         row, B, Hkv,
     )  # fmt: skip
@@ -158,7 +153,16 @@ def _select_topk_row_kernel(
         counts = tl.zeros((_BINS,), tl.int32)
         for n0 in tl.range(0, N, BLOCK_N):
             n = n0 + offsets
-            keys = _keys(scores_ptr, candidates_ptr, always_ptr, n, n < N)
+            keys = _keys(
+                scores_ptr,
+                candidates_ptr,
+                always_ptr,
+                scores_at,
+                candidates_at,
+                always_at,
+                n,
+                n < N,
+            )
             counts = _count_digits(counts, keys, n < N, prefix, p)
         prefix, need, _, count = _narrow(counts, prefix, need, p)
 
@@ -167,7 +171,9 @@ def _select_topk_row_kernel(
     tied = 0
     for n0 in tl.range(0, N, BLOCK_N):
         n = n0 + offsets
-        keys = _keys(scores_ptr, candidates_ptr, always_ptr, n, n < N)
+        keys = _keys(
+            scores_ptr, candidates_ptr, always_ptr, scores_at, candidates_at, always_at, n, n < N
+        )
         above, tied = _write_block(indices_ptr, keys, n, n < N, prefix, first, last, above, tied)
     _pad(indices_ptr, K - need + last - first, K, BLOCK_N)
 
@@ -211,8 +217,7 @@ def _select_topk_count_kernel(
     """Grid (L * B * Hkv * CHUNKS,): counts the digits of pass PASS, a chunk of a row each."""
     row = tl.program_id(0).to(tl.int64) // CHUNKS
     chunk = tl.program_id(0) % CHUNKS
-    scores_ptr, candidates_ptr, always_ptr = _rows_of(
-        scores_ptr, candidates_ptr, always_ptr,
+    scores_at, candidates_at, always_at = _row_at(
         stride_scores_l, stride_scores_b, stride_scores_h, stride_candidates_b, stride_always_b,
         row, B, Hkv,
     )  # fmt: skip
@@ -228,7 +233,9 @@ def _select_topk_count_kernel(
     counts = tl.zeros((_BINS,), tl.int32)
     for n0 in tl.range(chunk * CHUNK, tl.minimum(chunk * CHUNK + CHUNK, N), BLOCK_N):
         n = n0 + tl.arange(0, BLOCK_N)
-        keys = _keys(scores_ptr, candidates_ptr, always_ptr, n, n < N)
+        keys = _keys(
+            scores_ptr, candidates_ptr, always_ptr, scores_at, candidates_at, always_at, n, n < N
+        )
         counts = _count_digits(counts, keys, n < N, prefix, PASS)
     bins = tl.arange(0, _BINS)
     # Two buffers take turns: other programs still read the other one.
@@ -247,8 +254,7 @@ def _select_topk_write_kernel(
     """Grid (L * B * Hkv * CHUNKS,): writes the positions a chunk of a row contributes."""
     row = tl.program_id(0).to(tl.int64) // CHUNKS
     chunk = tl.program_id(0) % CHUNKS
-    scores_ptr, candidates_ptr, always_ptr = _rows_of(
-        scores_ptr, candidates_ptr, always_ptr,
+    scores_at, candidates_at, always_at = _row_at(
         stride_scores_l, stride_scores_b, stride_scores_h, stride_candidates_b, stride_always_b,
         row, B, Hkv,
     )  # fmt: skip
@@ -261,7 +267,9 @@ def _select_topk_write_kernel(
     # Ranks of ties start at `first`, so those before it take no slot.
     for n0 in tl.range(chunk * CHUNK, tl.minimum(chunk * CHUNK + CHUNK, N), BLOCK_N):
         n = n0 + tl.arange(0, BLOCK_N)
-        keys = _keys(scores_ptr, candidates_ptr, always_ptr, n, n < N)
+        keys = _keys(
+            scores_ptr, candidates_ptr, always_ptr, scores_at, candidates_at, always_at, n, n < N
+        )
         above, tied = _write_block(
             indices_ptr, keys, n, n < N, threshold, first, last, above, tied
         )
@@ -314,7 +322,7 @@ def select_topk(
 
 
 def aot_specs(arch: str, dtype: str, row: _tuning.Row) -> list[Spec]:
-    """What a launch from `row` compiles, with both masks, and the row kernel with none too."""
+    """What a launch from `row` compiles, with both masks and with none."""
     strides = ("scores_l", "scores_b", "scores_h", "candidates_b", "always_b")
     types = {
         "scores_ptr": "*fp32",
@@ -325,24 +333,21 @@ def aot_specs(arch: str, dtype: str, row: _tuning.Row) -> list[Spec]:
         **dict.fromkeys(("B", "Hkv", "N", "K"), "i32"),
     }
     launch = row.num_warps, row.num_stages
+    masks = ("candidates_ptr", "always_ptr")
     if row.kernel == "row":
-        tile = {"BLOCK_N": row.block_n}
-        masks = ("candidates_ptr", "always_ptr")
-        bare = {name: t for name, t in types.items() if name not in masks}
-        specs = [
-            aot_spec(_select_topk_row_kernel, types, tile, *launch),
-            aot_spec(_select_topk_row_kernel, bare, {**tile, **dict.fromkeys(masks)}, *launch),
-        ]
+        kernels = [(_select_topk_row_kernel, {"BLOCK_N": row.block_n})]
     else:
         types |= {"counts_ptr": "*i32", "state_ptr": "*i32"}
         capacity, split = row.splits[0]
         tile = {"CHUNK": split, "CHUNKS": capacity // split, "BLOCK_N": row.block_n}
-        count = {name: t for name, t in types.items() if name != "indices_ptr"}
-        specs = [
-            aot_spec(_select_topk_count_kernel, count, {**tile, "PASS": p}, *launch)
-            for p in range(4)
-        ]
-        specs.append(aot_spec(_select_topk_write_kernel, types, tile, *launch))
+        kernels = [(_select_topk_count_kernel, {**tile, "PASS": p}) for p in range(4)]
+        kernels.append((_select_topk_write_kernel, tile))
+    specs = []
+    for kernel, tile in kernels:
+        names = {parameter.name for parameter in kernel.params} - set(tile)
+        for without in ((), masks):
+            given = {name: types[name] for name in names if name not in without}
+            specs.append(aot_spec(kernel, given, {**tile, **dict.fromkeys(without)}, *launch))
     # A masked load is as wide as N allows: capacities are multiples of 16.
     for spec in specs:
         spec.attrs[(list(spec.signature).index("N"),)] = [["tt.divisibility", 16]]
