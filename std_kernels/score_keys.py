@@ -25,6 +25,7 @@ _OP = register(
     "float scale, float? softcap, Tensor? sinks) -> Tensor",
     cpu.score_keys,
     _fake,
+    "std_kernels._score_keys_kernels",
 )
 
 

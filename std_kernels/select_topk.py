@@ -28,6 +28,7 @@ _OP = register(
     "select_topk(Tensor scores, SymInt k, Tensor? candidates, Tensor? always) -> Tensor",
     cpu.select_topk,
     _fake,
+    "std_kernels._select_topk_kernels",
 )
 
 

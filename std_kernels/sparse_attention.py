@@ -25,6 +25,7 @@ _OP = register(
     "Tensor kv_len, float scale, float? softcap, Tensor? sinks) -> (Tensor, Tensor)",
     cpu.sparse_attention,
     _fake,
+    "std_kernels._sparse_attention_kernels",
 )
 
 

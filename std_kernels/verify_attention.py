@@ -17,6 +17,8 @@ from std_kernels._checks import check_no_grad, check_options, check_query_key, c
 from std_kernels._errors import bad_type, bad_value
 from std_kernels._library import register
 
+_KERNELS = "std_kernels._verify_attention_kernels"
+
 
 def _fake(query, key, value, kv_len, kv_start, window, scale, softcap, sinks):
     return query.new_empty(query.shape), query.new_empty(query.shape[:3], dtype=torch.float32)
@@ -33,6 +35,7 @@ _VERIFY = register(
     "SymInt? window, float scale, float? softcap, Tensor? sinks) -> (Tensor, Tensor)",
     cpu.verify_attention,
     _fake,
+    _KERNELS,
 )
 _VERIFY_WITH_SCORES = register(
     "verify_attention_with_scores(Tensor query, Tensor key, Tensor value, Tensor kv_len, "
@@ -40,6 +43,7 @@ _VERIFY_WITH_SCORES = register(
     "Tensor? sinks) -> (Tensor, Tensor, Tensor)",
     cpu.verify_attention_with_scores,
     _fake_with_scores,
+    _KERNELS,
 )
 
 

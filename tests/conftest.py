@@ -1,8 +1,23 @@
-"""What all tests share: one thread each, since they run side by side."""
+"""How the tests are run: side by side where pytest-xdist is there, one thread each."""
 
 import os
+
+import pytest
 
 # Before torch is imported, and for the processes that tests start: two processes with two OpenMP
 # threads each on two cores spend their time waiting for one another (16 ms for a call of 30 us).
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config):
+    """As `-n auto`, unless told otherwise; as an option in setup.cfg it would need xdist.
+
+    One GPU is for one process, and so is a debugger.
+    """
+    chosen = getattr(config.option, "numprocesses", 0) is not None
+    if chosen or config.option.usepdb or config.option.markexpr == "gpu":
+        return
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        config.option.numprocesses = min(8, os.cpu_count() or 1)

@@ -48,6 +48,7 @@ def _make_cache(
     dtype: torch.dtype = torch.float32,
     layout: str = "heads_first",
     seed: int = 0,
+    device: str = "cpu",
 ) -> Cache:
     generator = torch.Generator().manual_seed(seed)
     B = len(kv_len)
@@ -59,8 +60,8 @@ def _make_cache(
     n = torch.arange(N)
     stale = ((n >= lengths[:, None]) | (n < starts[:, None]))[:, None, :, None]
     key, value = key.masked_fill(stale, NAN), value.masked_fill(stale, NAN)
-    query, key, value = (_lay_out(x.to(dtype), layout) for x in (query, key, value))
-    return Cache(query, key, value, lengths, starts)
+    query, key, value = (_lay_out(x.to(device, dtype), layout) for x in (query, key, value))
+    return Cache(query, key, value, lengths.to(device), starts.to(device))
 
 
 def _assert_accurate(

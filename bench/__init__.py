@@ -1,0 +1,1 @@
+"""Measures and inspects std_kernels: `python -m bench --help`."""

@@ -1,0 +1,252 @@
+"""Compiles every kernel that the launch table can launch, for GPUs that need not be there."""
+
+import argparse
+import os
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from importlib import import_module
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from bench.assembly import Report, inspect
+from std_kernels import _tuning
+
+RESULTS = Path(__file__).parent / "results" / "compile.md"
+HEAD_DIMS = (64, 128, 256)
+# How many of the bytes loaded in loops may come in pieces of less than 16, by part of the kernel's
+# name. A row's lse and masks take some; a gather takes a 4-byte index or two for every 16-byte
+# piece; a merge reads little. A tile in 2-byte loads is half of the bytes or all of them, and
+# beside a gather's indices over 60%.
+MAX_NARROW = {"merge": 1.0, "sparse": 0.6, "": 0.25}
+_HELP = """\
+Compiles each kernel as the launch table would launch it, for sm_80, sm_90, sm_100, sm_120 and
+gfx942. No GPU is needed. The exit status is 1 if a kernel
+
+  spills registers,
+  needs more shared memory than the target has,
+  loads the keys, values or scores in pieces of less than 16 bytes, or
+  runs an fp16 or bf16 matrix product without tensor cores.
+
+float32 products run on plain multiply-adds by intent (tf32 would round their inputs), and are
+only reported, as are spills and loads of the kernels that merge partial results.
+"""
+
+
+class Case(NamedTuple):
+    """One kernel of one row, for one target."""
+
+    target: str
+    dtype: str
+    row: _tuning.Row
+    spec: int  # which of the row's
+
+
+class Result(NamedTuple):
+    case: Case
+    kernel: str
+    report: Report | None
+    problems: tuple[str, ...]
+
+
+def add_parser(commands: Any) -> None:
+    parser = commands.add_parser(
+        "compile",
+        help="compile every kernel for five GPU targets, without a GPU, and judge the result",
+        description=_HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    ops = sorted({row.op for row in _tuning.TABLE})
+    parser.add_argument("--arch", choices=_tuning.TARGETS, action="append", help="only this one")
+    parser.add_argument("--op", choices=ops, action="append", help="only this one")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes, default all")
+    parser.add_argument("--out", type=Path, help=f"where to write, default {RESULTS.name}")
+    parser.set_defaults(run=run)
+
+
+def reachable_rows(target: str) -> Iterator[_tuning.Row]:
+    """The rows that a launch on `target` finds, each once per head dim it is found for."""
+    kinds = {(row.op, row.kernel, row.dtype): row.head_dim > 0 for row in _tuning.TABLE}
+    for (op, kernel, dtype), has_head_dim in kinds.items():
+        for head_dim in HEAD_DIMS if has_head_dim else (0,):
+            rows = [
+                row
+                for name in (target, "default")
+                for row in _tuning.TABLE
+                if row[:4] == (op, kernel, name, dtype) and head_dim <= row.head_dim
+            ]
+            yield rows[0]._replace(head_dim=head_dim)
+
+
+def cases(targets: list[str], ops: list[str]) -> Iterator[Case]:
+    """Every different kernel that the rows launch."""
+    for target in targets:
+        # Rows share kernels: a merge does not depend on the tiles of what it merges.
+        seen = set()
+        for row in reachable_rows(target):
+            if row.op not in ops:
+                continue
+            for dtype in row.dtypes:
+                for index, spec in enumerate(specs_of(target, dtype, row)):
+                    described = (spec.kernel.__name__, str(spec[1:]))
+                    if described not in seen:
+                        seen.add(described)
+                        yield Case(target, dtype, row, index)
+
+
+def specs_of(target: str, dtype: str, row: _tuning.Row) -> list[Any]:
+    module = import_module(f"std_kernels._{row.op}_kernels")
+    return module.aot_specs(target, dtype, row)
+
+
+def compile_case(case: Case) -> Result:
+    """Compiles one kernel and judges it."""
+    spec = specs_of(case.target, case.dtype, case.row)[case.spec]
+    name = spec.kernel.__name__.strip("_").removesuffix("_kernel").removeprefix(f"{case.row.op}_")
+    try:
+        found = inspect(compile_spec(spec, case.target))
+    except Exception as error:  # a compiler's errors have no common base
+        return Result(case, name, None, (f"does not compile: {_last_line(error)}",))
+    limit = _tuning.TARGETS[case.target].shared_memory
+    # A float32 product is unrolled into multiply-adds and never runs where speed counts.
+    checked = case.dtype != "fp32" or found.dots == 0
+    narrow = next(share for part, share in MAX_NARROW.items() if part in name)
+    return Result(case, name, found, tuple(judge(found, limit, checked, narrow)))
+
+
+def _last_line(error: Exception) -> str:
+    # Triton quotes the source first, and says what is wrong with it last.
+    return (str(error).strip() or repr(error)).splitlines()[-1][:200]
+
+
+def compile_spec(spec: Any, target: str) -> Any:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    backend, arch, warp_size, _ = _tuning.TARGETS[target]
+    source = ASTSource(spec.kernel, spec.signature, spec.constexprs, spec.attrs)
+    options = {"num_warps": spec.num_warps, "num_stages": spec.num_stages}
+    return triton.compile(source, target=GPUTarget(backend, arch, warp_size), options=options)
+
+
+def judge(report: Report, shared_limit: int, checked: bool, max_narrow: float) -> Iterator[str]:
+    """What is wrong with a kernel; shared memory alone if it is not `checked` for speed."""
+    if report.shared > shared_limit:
+        yield f"{report.shared} bytes of shared memory, the limit is {shared_limit}"
+    if not checked:
+        return
+    if report.spills:
+        yield f"{report.spills} spills"
+    if report.narrow_share > max_narrow:
+        yield f"{report.narrow_share:.0%} of the bytes in loops in loads under 16 bytes"
+    if report.dots and (report.scalar_dots or not report.matrix):
+        yield "a matrix product without tensor cores"
+
+
+def run(options: argparse.Namespace) -> int:
+    targets = options.arch or list(_tuning.TARGETS)
+    ops = options.op or sorted({row.op for row in _tuning.TABLE})
+    results = compile_all(list(cases(targets, ops)), options.jobs)
+    # A part must not replace the whole.
+    whole = not (options.arch or options.op)
+    return report(results, options.out or (RESULTS if whole else None))
+
+
+def compile_all(todo: list[Case], jobs: int | None) -> list[Result]:
+    from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
+
+    results: dict[Case, Result] = {}
+    columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn())
+    with ProcessPoolExecutor(jobs) as pool, Progress(*columns) as progress:
+        task = progress.add_task("compiling", total=len(todo))
+        for future in as_completed([pool.submit(compile_case, case) for case in todo]):
+            result = future.result()
+            case = result.case
+            results[case] = result
+            progress.update(task, advance=1, description=f"{case.target} {case.row.op}")
+    return [results[case] for case in todo]
+
+
+def report(results: list[Result], out: Path | None) -> int:
+    """Prints the table, writes it to `out` and returns the exit status."""
+    from rich.console import Console
+
+    # As wide as the table: wrapped cells cannot be read.
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    console.print(_table(results))
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(_markdown(results), encoding="utf-8")
+        console.print(f"written to {out}")
+    bad = [result for result in results if result.problems]
+    for result in bad:
+        console.print(f"{' '.join(_cells(result)[:5])}: {'; '.join(result.problems)}", style="red")
+    console.print(f"{len(results)} kernels, {len(bad)} with problems")
+    return 1 if bad else 0
+
+
+_HEADER = (
+    "target",
+    "op",
+    "kernel",
+    "dtype",
+    "D",
+    "tile",
+    "warps, stages",
+    "registers",
+    "spills",
+    "shared",
+    "loop loads",
+    "matrix",
+    "verdict",
+)
+
+
+def _cells(result: Result) -> list[str]:
+    target, dtype, row = result.case[:3]
+    tile = f"{row.block_m}x{row.block_n}"
+    launch = f"{row.num_warps}, {row.num_stages}"
+    head = [target, row.op, result.kernel, dtype, str(row.head_dim or "-"), tile, launch]
+    report = result.report
+    if report is None:
+        return [*head, "-", "-", "-", "-", "-", "fails"]
+    loads = sorted(report.loop_loads, reverse=True)
+    widths = " + ".join(f"{width} B" for width in loads) or "-"
+    if 0 < report.narrow_share < 1:
+        widths += f" ({report.narrow_share:.0%} narrow)"
+    matrix = "FMA" if report.dots and report.scalar_dots == report.dots else report.matrix or "-"
+    numbers = [str(report.registers), str(report.spills), f"{report.shared / 1024:.0f} K"]
+    return [*head, *numbers, widths, matrix, "fails" if result.problems else "ok"]
+
+
+def _table(results: list[Result]) -> Any:
+    from rich.table import Table
+
+    table = Table(*_HEADER)
+    for result in results:
+        table.add_row(*_cells(result), style="red" if result.problems else None)
+    return table
+
+
+def _markdown(results: list[Result]) -> str:
+    import triton
+
+    lines = [
+        "# Kernels compiled ahead of time",
+        "",
+        "Written by `python -m bench compile`; no GPU took part. Registers, shared memory and",
+        "instructions are the compiler's output, not estimates, and say nothing about time.",
+        "A kernel that appears twice with the same tile is compiled with and without an option",
+        "(a softcap, scores, masks) or for several passes. Float32 products use plain FMA.",
+        "",
+        f"triton {triton.__version__}, {len(results)} kernels,"
+        f" {sum(bool(result.problems) for result in results)} with problems.",
+    ]
+    for target in dict.fromkeys(result.case.target for result in results):
+        lines += ["", f"## {target}", "", "| " + " | ".join(_HEADER[1:]) + " |"]
+        lines.append("|" + "---|" * (len(_HEADER) - 1))
+        for result in results:
+            if result.case.target == target:
+                lines.append("| " + " | ".join(_cells(result)[1:]) + " |")
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,258 @@
+"""The frozen launch table: the tile sizes each kernel runs with, and how each row is known.
+
+A row is chosen from the op, the architecture, the precision and the head dim, and the split
+length from the cache's capacity as well; never from T or B. verify_attention's promise, that a
+row's bits do not depend on T or on the batch, rests on this. Nothing is tuned at run time.
+
+Every row can be compiled without a GPU: an op's kernels and launcher stand in the module
+`std_kernels._<op>_kernels`, which has a function `aot_specs(arch, dtype, row)` that returns a
+list of `_device.Spec`; dtype is one of `row.dtypes`.
+"""
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+
+HALF, FLOAT = "half", "fp32"
+ANY = 1 << 62
+
+
+class Target(NamedTuple):
+    """What `triton.backends.compiler.GPUTarget` takes, and what one program may hold."""
+
+    backend: str
+    arch: int | str
+    warp_size: int
+    shared_memory: int  # bytes
+
+
+TARGETS = {
+    "sm_80": Target("cuda", 80, 32, 166912),
+    "sm_90": Target("cuda", 90, 32, 232448),
+    "sm_100": Target("cuda", 100, 32, 232448),
+    "sm_120": Target("cuda", 120, 32, 101376),
+    "gfx942": Target("hip", "gfx942", 64, 65536),
+}
+
+
+class Config(NamedTuple):
+    """How one kernel is launched."""
+
+    block_m: int  # query rows of a tile
+    block_n: int  # keys, list entries or scores of a tile
+    split: int  # keys, list entries or scores that one program reads
+    num_warps: int
+    num_stages: int
+
+
+class Row(NamedTuple):
+    """One launch configuration and its source."""
+
+    op: str
+    kernel: str
+    arch: str  # a key of TARGETS, "default" or "interpreter"
+    dtype: str  # HALF or FLOAT, the precision of query and key
+    head_dim: int  # the largest D the row is for; 0 for an op without one
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+    splits: tuple[tuple[int, int], ...]  # (largest capacity, split length), ascending
+    source: str
+
+    @property
+    def dtypes(self) -> tuple[str, ...]:
+        """The dtypes, as Triton spells them, that the row is used with."""
+        return ("fp16", "bf16") if self.dtype == HALF else ("fp32",)
+
+    def config(self, capacity: int = ANY) -> Config:
+        split = next(split for limit, split in self.splits if capacity <= limit)
+        return Config(self.block_m, self.block_n, split, self.num_warps, self.num_stages)
+
+
+# Short splits fill the GPU at B = 1, long ones write fewer partials: (D + 4) * T * G * 4 bytes a
+# split and KV head. On 132 SMs with two programs each, 4 KV heads at B = 1 are one wave at most.
+# Estimates, as all split lengths here: none has been run.
+_VERIFY_SPLITS = ((8192, 256), (32768, 512), (65536, 1024), (ANY, 2048))
+# By B * Hkv: short lists a program where there are few heads to fill the GPU with.
+_SPARSE_SPLITS = ((16, 32), (48, 64), (ANY, 128))
+_ESTIMATE = "estimate from bytes, not run"
+_AOT = "bf16 or fp32, compiled by Triton 3.7.1 and not run: no spills, "
+_SMALL = "small, so that small tests have many tiles"
+
+# fmt: off
+# Registers of the plain op, with scores, and with every option. The 16-row tile of float32 keeps
+# its multiply-adds in registers; on gfx942 a wider tile spills lane masks.
+_VERIFY = tuple(Row("verify_attention", "split", *row) for row in (
+    # arch, dtype, head_dim, block_m, block_n, num_warps, num_stages, splits, source
+    ("sm_80", HALF, 64, 64, 64, 4, 3, _VERIFY_SPLITS,
+     _AOT + "190/215/182 registers, 41 KiB, HMMA"),
+    ("sm_80", HALF, 128, 64, 32, 4, 3, _VERIFY_SPLITS,
+     _AOT + "204/215/228 registers, 52 KiB, HMMA"),
+    ("sm_80", HALF, 256, 64, 32, 8, 3, _VERIFY_SPLITS,
+     _AOT + "201/211/225 registers, 100 KiB, HMMA"),
+    ("sm_90", HALF, 64, 64, 64, 4, 3, _VERIFY_SPLITS,
+     _AOT + "113/201/159 registers, 57 KiB, HGMMA"),
+    ("sm_90", HALF, 128, 64, 64, 4, 3, _VERIFY_SPLITS,
+     _AOT + "212/232/223 registers, 113 KiB, HGMMA"),
+    ("sm_90", HALF, 256, 64, 32, 8, 3, _VERIFY_SPLITS,
+     _AOT + "165/195/164 registers, 129 KiB, HGMMA"),
+    ("sm_100", HALF, 64, 64, 64, 4, 3, _VERIFY_SPLITS,
+     _AOT + "156/201/118 registers, 58 KiB, tcgen05"),
+    ("sm_100", HALF, 128, 64, 64, 4, 3, _VERIFY_SPLITS,
+     _AOT + "247/240/155 registers, 114 KiB, tcgen05"),
+    ("sm_100", HALF, 256, 64, 64, 8, 2, _VERIFY_SPLITS,
+     _AOT + "186/236/143 registers, 162 KiB, tcgen05"),
+    ("sm_120", HALF, 64, 64, 64, 4, 3, _VERIFY_SPLITS,
+     _AOT + "192/236/168 registers, 41 KiB, HMMA"),
+    ("sm_120", HALF, 128, 64, 32, 4, 2, _VERIFY_SPLITS,
+     _AOT + "204/212/217 registers, 36 KiB, HMMA"),
+    ("sm_120", HALF, 256, 64, 32, 8, 2, _VERIFY_SPLITS,
+     _AOT + "204/218/220 registers, 68 KiB, HMMA"),
+    ("gfx942", HALF, 64, 64, 16, 2, 2, _VERIFY_SPLITS,
+     _AOT + "135/146/138 registers, 8 KiB, MFMA"),
+    ("gfx942", HALF, 128, 64, 16, 4, 2, _VERIFY_SPLITS,
+     _AOT + "121/132/123 registers, 16 KiB, MFMA"),
+    ("gfx942", HALF, 256, 64, 16, 8, 2, _VERIFY_SPLITS,
+     _AOT + "137/146/137 registers, 32 KiB, MFMA"),
+    ("default", HALF, 128, 64, 32, 8, 2, _VERIFY_SPLITS, _ESTIMATE),
+    ("default", HALF, 256, 64, 32, 8, 1, _VERIFY_SPLITS, _ESTIMATE),
+    ("sm_80", FLOAT, 256, 16, 32, 8, 2, _VERIFY_SPLITS, _AOT + "75/79/80 registers, 83 KiB, FMA"),
+    ("sm_90", FLOAT, 256, 16, 32, 8, 2, _VERIFY_SPLITS, _AOT + "79/80/80 registers, 83 KiB, FMA"),
+    ("sm_100", FLOAT, 256, 16, 32, 8, 2, _VERIFY_SPLITS, _AOT + "74/80/78 registers, 83 KiB, FMA"),
+    ("sm_120", FLOAT, 256, 16, 32, 8, 2, _VERIFY_SPLITS,
+     _AOT + "80/102/104 registers, 83 KiB, FMA"),
+    ("gfx942", FLOAT, 256, 16, 32, 8, 1, _VERIFY_SPLITS,
+     _AOT + "239/238/242 registers, 32 KiB, MFMA"),
+    ("default", FLOAT, 256, 16, 32, 8, 1, _VERIFY_SPLITS, _ESTIMATE),
+    ("interpreter", HALF, 256, 32, 16, 1, 1, ((ANY, 48),), _SMALL),
+    ("interpreter", FLOAT, 256, 32, 16, 1, 1, ((ANY, 48),), _SMALL),
+))
+_SCORE_SPLITS = ((16384, 512), (65536, 1024), (ANY, 2048))
+_SCORE_KEYS = tuple(Row("score_keys", *row) for row in (
+    # kernel, arch, dtype, head_dim, block_m, block_n, num_warps, num_stages, splits, source
+    ("lse", "sm_80", HALF, 128, 64, 64, 4, 3, _SCORE_SPLITS, _ESTIMATE),
+    ("lse", "sm_90", HALF, 128, 128, 128, 8, 2, _SCORE_SPLITS, _ESTIMATE),
+    ("lse", "sm_90", HALF, 256, 64, 64, 4, 2, _SCORE_SPLITS, _ESTIMATE),
+    ("lse", "sm_100", HALF, 128, 128, 128, 8, 2, _SCORE_SPLITS, _ESTIMATE),
+    ("lse", "sm_100", HALF, 256, 64, 64, 4, 2, _SCORE_SPLITS, _ESTIMATE),
+    ("lse", "default", HALF, 128, 64, 64, 4, 2, _SCORE_SPLITS, _ESTIMATE),
+    ("lse", "default", HALF, 256, 64, 32, 4, 2, _SCORE_SPLITS, _ESTIMATE),
+    ("lse", "default", FLOAT, 256, 16, 32, 4, 1, _SCORE_SPLITS, _ESTIMATE),
+    ("lse", "interpreter", HALF, 256, 16, 16, 1, 1, ((ANY, 48),), _SMALL),
+    ("lse", "interpreter", FLOAT, 256, 16, 16, 1, 1, ((ANY, 48),), _SMALL),
+    ("column", "sm_80", HALF, 128, 64, 64, 4, 3, ((ANY, 64),), _ESTIMATE),
+    ("column", "sm_90", HALF, 128, 64, 128, 8, 2, ((ANY, 128),), _ESTIMATE),
+    ("column", "sm_90", HALF, 256, 64, 64, 4, 2, ((ANY, 64),), _ESTIMATE),
+    ("column", "sm_100", HALF, 128, 64, 128, 8, 2, ((ANY, 128),), _ESTIMATE),
+    ("column", "sm_100", HALF, 256, 64, 64, 4, 2, ((ANY, 64),), _ESTIMATE),
+    ("column", "gfx942", HALF, 256, 64, 64, 8, 1, ((ANY, 64),), _ESTIMATE),
+    ("column", "default", HALF, 128, 64, 64, 4, 2, ((ANY, 64),), _ESTIMATE),
+    ("column", "default", HALF, 256, 32, 64, 4, 2, ((ANY, 64),), _ESTIMATE),
+    ("column", "default", FLOAT, 256, 16, 32, 4, 1, ((ANY, 32),), _ESTIMATE),
+    ("column", "interpreter", HALF, 256, 16, 16, 1, 1, ((ANY, 16),), _SMALL),
+    ("column", "interpreter", FLOAT, 256, 16, 16, 1, 1, ((ANY, 16),), _SMALL),
+))
+# Scores are float32 and have no head dim. "row": one program a row, for rows up to the split
+# length. "chunk": the least power of two that makes at most 32 chunks of a row.
+_CHUNKS = ((1 << 18, 8192), (1 << 19, 16384), (ANY, 32768))
+_SELECT_TOPK = tuple(Row("select_topk", *row) for row in (
+    # kernel, arch, dtype, head_dim, block_m, block_n, num_warps, num_stages, splits, source
+    ("row", "gfx942", FLOAT, 0, 1, 8192, 8, 1, ((ANY, 32768),), _ESTIMATE),
+    ("row", "default", FLOAT, 0, 1, 8192, 16, 1, ((ANY, 32768),), _ESTIMATE),
+    ("row", "interpreter", FLOAT, 0, 1, 64, 1, 1, ((ANY, 128),), _SMALL),
+    ("chunk", "gfx942", FLOAT, 0, 1, 4096, 4, 1, _CHUNKS, _ESTIMATE),
+    ("chunk", "default", FLOAT, 0, 1, 4096, 8, 1, _CHUNKS, _ESTIMATE),
+    ("chunk", "interpreter", FLOAT, 0, 1, 32, 1, 1, ((1024, 64), (ANY, 32768)), _SMALL),
+))
+# Registers at D = 128 and at D = 256.
+_SPARSE = tuple(Row("sparse_attention", *row) for row in (
+    # kernel, arch, dtype, head_dim, block_m, block_n, num_warps, num_stages, splits, source
+    ("few rows", "sm_80", HALF, 256, 16, 32, 4, 1, _SPARSE_SPLITS,
+     _AOT + "96/168 registers, 25 KiB, HMMA"),
+    ("few rows", "sm_90", HALF, 256, 16, 32, 4, 1, _SPARSE_SPLITS,
+     _AOT + "110/166 registers, 25 KiB, HMMA"),
+    ("few rows", "sm_100", HALF, 256, 16, 32, 4, 1, _SPARSE_SPLITS,
+     _AOT + "110/166 registers, 25 KiB, HMMA"),
+    ("few rows", "sm_120", HALF, 256, 16, 32, 4, 1, _SPARSE_SPLITS,
+     _AOT + "110/164 registers, 25 KiB, HMMA"),
+    ("few rows", "gfx942", HALF, 256, 16, 32, 4, 1, _SPARSE_SPLITS,
+     _AOT + "97/159 registers, 16 KiB, MFMA"),
+    ("few rows", "sm_80", FLOAT, 64, 16, 32, 4, 1, _SPARSE_SPLITS,
+     _AOT + "72 registers at D = 64, 15 KiB, FMA"),
+    ("few rows", "sm_80", FLOAT, 256, 16, 32, 8, 1, _SPARSE_SPLITS,
+     _AOT + "64/100 registers, 51 KiB, FMA"),
+    ("few rows", "sm_90", FLOAT, 256, 16, 32, 8, 1, _SPARSE_SPLITS,
+     _AOT + "74/98 registers, 51 KiB, FMA"),
+    ("few rows", "sm_100", FLOAT, 256, 16, 32, 8, 1, _SPARSE_SPLITS,
+     _AOT + "76/108 registers, 51 KiB, FMA"),
+    ("few rows", "sm_120", FLOAT, 256, 16, 32, 8, 1, _SPARSE_SPLITS,
+     _AOT + "74/100 registers, 51 KiB, FMA"),
+    ("few rows", "gfx942", FLOAT, 256, 16, 32, 8, 1, _SPARSE_SPLITS,
+     _AOT + "145/232 registers, 32 KiB, MFMA"),
+    ("many rows", "sm_80", HALF, 256, 64, 32, 8, 1, _SPARSE_SPLITS,
+     _AOT + "173/238 registers, 52 KiB, HMMA"),
+    ("many rows", "sm_90", HALF, 256, 64, 32, 8, 1, _SPARSE_SPLITS,
+     _AOT + "140/255 registers, 64 KiB, HGMMA"),
+    ("many rows", "sm_100", HALF, 256, 64, 32, 8, 1, _SPARSE_SPLITS,
+     _AOT + "108/178 registers, 49 KiB, tcgen05"),
+    ("many rows", "sm_120", HALF, 256, 64, 32, 8, 1, _SPARSE_SPLITS,
+     _AOT + "166/236 registers, 52 KiB, HMMA"),
+    ("many rows", "gfx942", HALF, 64, 64, 16, 2, 1, _SPARSE_SPLITS,
+     _AOT + "110 registers at D = 64, 8 KiB, MFMA"),
+    ("many rows", "gfx942", HALF, 256, 64, 16, 4, 1, _SPARSE_SPLITS,
+     _AOT + "112/168 registers, 32 KiB, MFMA"),
+    ("few rows", "default", HALF, 256, 16, 32, 4, 1, _SPARSE_SPLITS, _ESTIMATE),
+    ("few rows", "default", FLOAT, 256, 16, 32, 8, 1, _SPARSE_SPLITS, _ESTIMATE),
+    ("many rows", "default", HALF, 256, 64, 32, 8, 1, _SPARSE_SPLITS, _ESTIMATE),
+    ("many rows", "default", FLOAT, 256, 16, 32, 8, 1, _SPARSE_SPLITS, "as few rows"),
+    ("few rows", "interpreter", HALF, 256, 16, 16, 1, 1, ((2, 16), (ANY, 32)), _SMALL),
+    ("few rows", "interpreter", FLOAT, 256, 16, 16, 1, 1, ((2, 16), (ANY, 32)), _SMALL),
+    ("many rows", "interpreter", HALF, 256, 32, 16, 1, 1, ((2, 16), (ANY, 32)), _SMALL),
+    ("many rows", "interpreter", FLOAT, 256, 32, 16, 1, 1, ((2, 16), (ANY, 32)), _SMALL),
+))
+# fmt: on
+
+TABLE: tuple[Row, ...] = _VERIFY + _SPARSE + _SCORE_KEYS + _SELECT_TOPK
+
+
+@lru_cache(maxsize=4096)
+def config(op: str, kernel: str, arch: str, dtype: str, head_dim: int, capacity: int) -> Config:
+    """The configuration of a kernel: the first row that is large enough, else the default's.
+
+    Args:
+        op, kernel: whose.
+        arch: from `arch_of`.
+        dtype: HALF or FLOAT.
+        head_dim: D, 0 for an op without one.
+        capacity: N, or whatever the op's split lengths are laddered by.
+    """
+    for name in (arch, "default"):
+        for row in TABLE:
+            if row[:4] == (op, kernel, name, dtype) and head_dim <= row.head_dim:
+                return row.config(capacity)
+    raise LookupError(f"no row for {op}, {kernel}, {dtype}, head dim {head_dim}")
+
+
+@lru_cache(maxsize=64)
+def arch_of(device: torch.device) -> str:
+    """The table's name for a device; "interpreter" for a CPU, where kernels run in it."""
+    if device.type == "cpu":
+        return "interpreter"
+    if torch.version.hip is not None:
+        name = torch.cuda.get_device_properties(device).gcnArchName.partition(":")[0]
+        # The compute chips of the same line; both have at least gfx942's 64 KiB of LDS.
+        return "gfx942" if name in ("gfx90a", "gfx942", "gfx950") else "default"
+    major, minor = torch.cuda.get_device_capability(device)
+    if (major, minor) in ((8, 6), (8, 9)):
+        return "sm_120"  # mma.sync and 99 KiB of shared memory, as there
+    if (major, minor) == (8, 7):
+        return "sm_80"
+    name = f"sm_{major}0"
+    return name if name in TARGETS else "default"
+
+
+def precision(dtype: torch.dtype) -> str:
+    """The table's name for a dtype."""
+    return FLOAT if dtype is torch.float32 else HALF

@@ -1,0 +1,179 @@
+"""Kernels compiled for GPUs that are not there, and the checker of what comes out."""
+
+import os
+
+import pytest
+
+pytest.importorskip("triton")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("the interpreter compiles nothing", allow_module_level=True)
+
+from bench import compile as bench  # noqa: E402
+from bench.__main__ import main  # noqa: E402
+from bench.assembly import Report, inspect, loop_loads  # noqa: E402
+from std_kernels import _tuning  # noqa: E402
+
+OPS = sorted({row.op for row in _tuning.TABLE})
+
+
+def one_row_per_kernel(target):
+    """Each kernel function once, at head dim 128 in bf16 where it has either."""
+    seen = set()
+    for case in bench.cases([target], OPS):
+        name = bench.specs_of(target, case.dtype, case.row)[case.spec].kernel.__name__
+        typical = case.row.head_dim in (0, 128) and (case.dtype == "bf16" or not case.row.head_dim)
+        if typical and name not in seen:
+            seen.add(name)
+            yield pytest.param(case, id=f"{target}-{name.strip('_')}")
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize("case", [*one_row_per_kernel("sm_90"), *one_row_per_kernel("gfx942")])
+def test_kernels_compile_well(case):
+    result = bench.compile_case(case)
+    assert not result.problems
+    assert result.report.registers > 0
+    assert bool(result.report.dots) == bool(result.report.matrix)
+
+
+def problems_of(row, dtype, change):
+    spec = change(bench.specs_of("sm_90", dtype, row)[0])
+    report = inspect(bench.compile_spec(spec, "sm_90"))
+    return list(bench.judge(report, _tuning.TARGETS["sm_90"].shared_memory, True, 0.25))
+
+
+BAD = {
+    "spills": ("bf16", lambda spec: spec._replace(num_warps=1)),
+    "shared memory": ("bf16", lambda spec: spec._replace(num_stages=9)),
+    "under 16 bytes": ("bf16", lambda spec: spec._replace(attrs={})),
+    "without tensor cores": ("fp32", lambda spec: spec),
+}
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize("complaint", BAD)
+def test_a_bad_kernel_is_found(complaint):
+    dtype, change = BAD[complaint]
+    row = next(
+        row
+        for row in bench.reachable_rows("sm_90")
+        if (row.op, row.kernel, row.head_dim) == ("score_keys", "lse", 128) and dtype in row.dtypes
+    )
+    found = problems_of(row, dtype, change)
+    assert any(complaint in problem for problem in found), found
+
+
+def test_every_op_has_rows_and_every_row_is_reached():
+    assert OPS == ["score_keys", "select_topk", "sparse_attention", "verify_attention"]
+    for target in _tuning.TARGETS:
+        rows = list(bench.reachable_rows(target))
+        for row in rows:
+            found = _tuning.config(row.op, row.kernel, target, row.dtype, row.head_dim, 4096)
+            assert found == row.config(4096)
+        reached = {row._replace(head_dim=0) for row in rows}
+        own = [row for row in _tuning.TABLE if row.arch == target]
+        assert all(row._replace(head_dim=0) in reached for row in own)
+
+
+GOOD = Report(100, 0, 1000, "HGMMA", 1, 0, {16: 64, 4: 4})
+
+
+@pytest.mark.parametrize(
+    "change, complaint",
+    [
+        ({"spills": 1}, "1 spills"),
+        ({"shared": 2001}, "2001 bytes of shared memory"),
+        ({"loop_loads": {16: 64, 2: 32}}, "33% of the bytes"),
+        ({"matrix": ""}, "without tensor cores"),
+        ({"scalar_dots": 1}, "without tensor cores"),
+    ],
+)
+def test_judge(change, complaint):
+    assert list(bench.judge(GOOD, 2000, True, 0.25)) == []
+    (found,) = bench.judge(Report(**{**vars(GOOD), **change}), 2000, True, 0.25)
+    assert complaint in found
+
+
+def test_judge_reports_float32_and_merges_only():
+    slow = Report(255, 9, 1000, "", 1, 1, {4: 8})
+    assert list(bench.judge(slow, 2000, False, 0.25)) == []
+    merge = Report(30, 0, 0, "", 0, 0, {4: 8})
+    assert list(bench.judge(merge, 2000, True, 1.0)) == []
+
+
+SASS = """
+        /*0010*/ LDG.E.U16 R2, [R4.64] ;
+.L_x_0:
+        /*0020*/ LDG.E.128.CONSTANT R4, [R2.64] ;
+        /*0030*/ LDGSTS.E.BYPASS.128 [R3], [R2.64] ;
+        /*0040*/ LDG.E.U8 R6, desc[UR4][R2.64] ;
+        /*0050*/ LDG.E R7, desc[UR4][R2.64] ;
+        /*0060*/ @P0 BRA `(.L_x_1) ;
+        /*0070*/ @!P1 BRA `(.L_x_0) ;
+.L_x_1:
+        /*0080*/ LDG.E.64 R8, [R2.64] ;
+"""
+AMD = """
+.LBB0_1:
+  global_load_dwordx4 v[0:3], v[4:5], off
+  buffer_load_ushort v6, v7, s[0:3], 0 offen
+  s_cbranch_scc1 .LBB0_1
+  global_load_dword v0, v[1:2], off
+"""
+
+
+def test_loads_in_loops_are_counted_by_width():
+    assert loop_loads(SASS) == {16: 32, 1: 1, 4: 4}
+    assert loop_loads(AMD) == {16: 16, 2: 2}
+
+
+def test_report_and_exit_status(tmp_path, capsys):
+    row = next(bench.reachable_rows("sm_90"))
+    good = bench.Result(bench.Case("sm_90", "bf16", row, 0), "split", GOOD, ())
+    bad = good._replace(problems=("9 spills",))
+    assert bench.report([good], tmp_path / "good.md") == 0
+    assert bench.report([good, bad], tmp_path / "bad.md") == 1
+    assert "9 spills" in capsys.readouterr().out
+    text = (tmp_path / "bad.md").read_text()
+    assert "triton " in text and "2 kernels, 1 with problems" in text and "## sm_90" in text
+
+
+@pytest.mark.aot
+def test_the_command(tmp_path, capsys):
+    out = tmp_path / "table.md"
+    command = ["compile", "--arch", "sm_90", "--op", "select_topk", "--jobs", "1"]
+    assert main([*command, "--out", str(out)]) == 0
+    assert "select_topk" in out.read_text() and "0 with problems" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main(["compile", "--arch", "sm_70"])
+
+
+def test_gpu_without_a_gpu(tmp_path, capsys):
+    torch = pytest.importorskip("torch")
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    assert main(["gpu", "--out", str(tmp_path / "out")]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_gpu_timing_code_runs(tmp_path, monkeypatch):
+    """At tiny sizes on the CPU ops: right ones are timed, a wrong one is refused."""
+    import time
+
+    import torch
+
+    import std_kernels as sk
+    from bench import gpu
+
+    cpu = torch.device("cpu")
+    assert gpu.time_ops(tmp_path, cpu, time.monotonic() + 60, small=True)
+    text = (tmp_path / "ops.md").read_text()
+    assert all(op in text for op in OPS) and "torch.topk" in text and "wrong" not in text
+    monkeypatch.setattr(sk, "score_keys", lambda query, key, kv_len: torch.zeros(key.shape[:3]))
+    assert not gpu.time_ops(tmp_path, cpu, time.monotonic() + 60, small=True)
+    lines = (tmp_path / "ops.jsonl").read_text().splitlines()
+    scored = [line for line in lines if "score_keys" in line]
+    assert scored and all("wrong" in line and "cold_ms" not in line for line in scored)
+    assert gpu.time_ops(tmp_path, cpu, 0.0, small=True)
+    assert "skipped: out of time" in (tmp_path / "ops.md").read_text()
