@@ -1,6 +1,5 @@
 """The demo's world, its tokenizer and its video files."""
 
-import av
 import numpy as np
 import pytest
 import torch
@@ -14,6 +13,9 @@ from std_decode.demo.model import (
     patchify,
     prompt,
 )
+
+# A GPU machine that runs `pytest -m gpu` need not have it; an installation of the package has.
+av = pytest.importorskip("av")
 
 
 def a_clip(seconds=12, events=5, seed=0):
