@@ -45,6 +45,7 @@ CURRICULUM = (
     Stage(1200, 256, 4096),
     Stage(600, 512, 8192),
 )
+SAVE_EVERY = 100  # updates
 TOKENS_A_BATCH = 5000
 MAX_BATCH, MAX_EVENTS = 16, 16
 PEAK_LEARNING_RATE, WARM_UP, DECAY = 1e-3, 100, 0.3
@@ -185,7 +186,7 @@ def train(stages: tuple[Stage, ...], state_file: Path, seed: int, threads: int) 
             right_of_late += 0.02 * (hits[attribute].float().mean().item() - right_of_late)
             described = f"up to {stage.seconds} s, attributes {right_of_late:.1%}"
             progress.update(task, advance=1, description=described)
-            if (update + 1) % 100 == 0 or update + 1 == total:
+            if (update + 1) % SAVE_EVERY == 0 or update + 1 == total:
                 progress.console.print(f"{update + 1} {described} loss {output.loss.item():.3f}")
                 write_state(state_file, model, optimizer, rng, update + 1)
 

@@ -1,0 +1,64 @@
+"""The script that trained the demo model: it resumes, and it spreads positions as it says."""
+
+import numpy as np
+import pytest
+import torch
+
+from std_decode.demo import train
+from std_decode.demo.model import VIDEO_TOKEN, new_model, new_tokenizer
+
+
+@pytest.fixture
+def tiny_stages(monkeypatch):
+    monkeypatch.setattr(train, "TOKENS_A_BATCH", 60)
+    monkeypatch.setattr(train, "SAVE_EVERY", 1)
+    return (train.Stage(2, 6, 6), train.Stage(2, 8, 100))
+
+
+def test_an_interrupted_training_goes_on_where_it_was(tmp_path, monkeypatch, tiny_stages):
+    train.train(tiny_stages, tmp_path / "straight.pt", seed=3, threads=1)
+    plain, batches = train.training_batch, []
+
+    def interrupted(*arguments):
+        batches.append(arguments)
+        if len(batches) == 3:
+            raise KeyboardInterrupt
+        return plain(*arguments)
+
+    monkeypatch.setattr(train, "training_batch", interrupted)
+    for _ in range(2):
+        try:
+            train.train(tiny_stages, tmp_path / "resumed.pt", seed=3, threads=1)
+        except KeyboardInterrupt:
+            assert len(batches) == 3
+    assert len(batches) == 5  # two, the interrupted one, and the last two
+    straight, resumed = (
+        torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in ("straight", "resumed")
+    )
+    assert straight["done"] == resumed["done"] == 4
+    assert straight["rng"] == resumed["rng"]
+    for name, value in straight["model"].items():
+        assert torch.equal(value, resumed["model"][name]), name
+    untrained = new_model().state_dict()
+    assert not torch.equal(untrained["lm_head.weight"], straight["model"]["lm_head.weight"])
+
+
+def test_seconds_are_spread_in_order_and_the_text_follows(tiny_stages):
+    model, tokenizer, rng = new_model(), new_tokenizer(), np.random.default_rng(0)
+    reached = []
+    for _ in range(20):
+        batch = train.training_batch(model, tokenizer, train.Stage(1, 8, 500), rng)
+        for ids, temporal in zip(batch["input_ids"], batch["position_ids"][0]):
+            seconds = temporal[ids == VIDEO_TOKEN].view(-1, 4)
+            assert (seconds == seconds[:, :1]).all()
+            assert (seconds[1:, 0] > seconds[:-1, 0]).all()
+            text = temporal[int((ids == VIDEO_TOKEN).nonzero()[-1]) + 1 :]
+            assert (text[1:] == text[:-1] + 1).all() and text[0] > seconds[-1, 0]
+            reached.append(int(text[0]))
+    assert min(reached) < 20 and 100 < max(reached) <= 503
+
+
+def test_the_learning_rate_rises_stays_and_falls():
+    rates = [train.learning_rate(update, 1000) for update in range(1000)]
+    assert rates[0] < rates[50] < rates[100] == rates[500] == train.PEAK_LEARNING_RATE
+    assert rates[700] > rates[850] > rates[999] > 0
