@@ -73,7 +73,8 @@ def test_options(small_cache, assert_accurate, options, T):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    "D, G, T", [(16, 1, 5), (32, 7, 9), (80, 4, 1), (128, 16, 3), (256, 2, 2)]
+    "D, G, T",
+    [(16, 1, 5), (32, 7, 9), (64, 8, 2), (80, 4, 1), (96, 3, 2), (128, 16, 3), (256, 2, 2)],
 )
 def test_shapes(small_cache, assert_accurate, dtype, D, G, T):
     check(small_cache([150], D=D, G=G, T=T, N=151, dtype=dtype), assert_accurate)
