@@ -113,23 +113,21 @@ def _attention(
     **kwargs,
 ) -> tuple[Tensor, Tensor | None]:
     running = _running.get()
-    dense = _replaced_attention(module, replaced)
-    if running is None or module not in running.layers:
-        return dense(module, query, key, value, attention_mask, **kwargs)
-    layer = running.cache.layers[module.layer_idx]
-    options = _options(query, kwargs)
-    if running.phase == "prefill":
+    if running is not None and module in running.layers:
+        layer = running.cache.layers[module.layer_idx]
+        options = _options(query, kwargs)
+        if running.phase != "prefill":
+            attend = _draft if running.phase == "draft" else _verify
+            out = attend(running, layer, query, key, value, options)
+            return out.transpose(1, 2).contiguous(), None
         if running.selection is not None and layer.window is None:
             layer.scores = _score_prompt(running.cache, running.selection, query, key, options)
-        return dense(module, query, key, value, attention_mask, **kwargs)
-    attend = _draft if running.phase == "draft" else _verify
-    out = attend(running, layer, query, key, value, options)
-    return out.transpose(1, 2).contiguous(), None
+    dense = _replaced_attention(module, replaced)
+    return dense(module, query, key, value, attention_mask, **kwargs)
 
 
 def _options(query: Tensor, kwargs: dict) -> dict:
-    """What changes the logits, under the names of the ops: Gemma 2 has soft caps, gpt-oss
-    sinks."""
+    """What changes the logits (Gemma 2 has soft caps, gpt-oss sinks), as the ops name it."""
     sinks = kwargs.get("s_aux")
     return {
         "scale": kwargs.get("scaling"),

@@ -26,7 +26,7 @@ class BufferLayer(CacheLayerMixin):
         window: sliding-window size, or None where the layer attends to everything. Windowed layers
             draft densely: they have no selection.
         indices: selected key positions, int32 ``[B, Hkv, K]``, ascending, padded with -1.
-        scores: the newest importance of each prompt key, float32 ``[B, Hkv, N]``, until selected.
+        scores: each key's attention in the newest pass, float32 ``[B, Hkv, N]``, until selected.
         draft_lse: log-sum-exp of each draft step of the round, ``[B, Hq, 1]`` each.
     """
 
@@ -115,8 +115,7 @@ class SparseToDenseCache(Cache):
 
     Args:
         template: the empty DynamicCache that generate made; it says which layers have a window,
-        and
-            is what the caller gets back at the end.
+            and is what the caller gets back at the end.
         capacity: tokens to make room for, rounded up to a multiple of `BUCKET`.
         kv_start: first valid position of each row, int32 ``[B]``, or None without left padding.
     """

@@ -87,8 +87,7 @@ class Drafter:
         """Begin a round after the newest token of `input_ids`.
 
         Returns:
-            A function to call `gamma` times: next draft logits ``[B, V]`` in, tokens ``[B, 1]``
-            out.
+            A function to call `gamma` times with draft logits ``[B, V]``, for tokens ``[B, 1]``.
         """
         self.drafted = self.drafted + gamma * self.active.sum()
         ids, active, noise = self.input_ids, self.active, None
