@@ -1,4 +1,4 @@
-"""The KV cache of a patched model: one dense buffer per layer, and a length that says what counts.
+"""The KV cache of a patched model: one dense buffer per layer, and lengths that say what counts.
 
 A draft writes its keys and values at their own positions, verification overwrites them with the
 dense ones, and rejecting a draft is nothing but a smaller length. K/V are never copied or moved;
@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 
 BUCKET = 256  # capacities are multiples of this many tokens
@@ -25,6 +26,7 @@ class BufferLayer(CacheLayerMixin):
     Attributes:
         window: sliding-window size, or None where the layer attends to everything. Windowed layers
             draft densely: they have no selection.
+        past: the layer of the caller's cache that this one goes on from, or None.
         indices: selected key positions, int32 ``[B, Hkv, K]``, ascending, padded with -1.
         scores: each key's attention in the newest pass, float32 ``[B, Hkv, N]``, until selected.
         draft_lse: log-sum-exp of each draft step of the round, ``[B, Hq, 1]`` each.
@@ -34,10 +36,11 @@ class BufferLayer(CacheLayerMixin):
     is_croppable = False  # nobody but the rounds takes tokens back
     supports_early_init = False
 
-    def __init__(self, owner: SparseToDenseCache, window: int | None):
+    def __init__(self, owner: SparseToDenseCache, window: int | None, past: Any = None):
         super().__init__()
         self.owner = owner
         self.window = window
+        self.past = past
         self.is_sliding = window is not None
         self.indices: Tensor | None = None
         self.scores: Any = None
@@ -50,6 +53,19 @@ class BufferLayer(CacheLayerMixin):
         shape = (batch, heads, self.owner.capacity, dim)
         self.keys, self.values = key_states.new_empty(shape), value_states.new_empty(shape)
         self.is_initialized = True
+        if self.past is not None:
+            self.adopt(self.past)
+
+    def adopt(self, past: Any) -> None:
+        """Take over the tokens of a layer of the caller's cache."""
+        length = self.owner.longest
+        for name in ("keys", "values"):
+            old, new = getattr(past, name), getattr(self, name)
+            first = length - old.shape[2]  # a sliding window has forgotten what came before
+            new[:, :, :first] = 0  # masked at prefill, but read
+            new[:, :, first:length] = old
+            if first == 0:  # the caller's cache need not hold the same tokens a second time
+                setattr(past, name, new[:, :, :length])
 
     def update(self, key_states: Tensor, value_states: Tensor, *_, **__) -> tuple[Tensor, Tensor]:
         """Write T tokens behind the accepted ones.
@@ -61,11 +77,11 @@ class BufferLayer(CacheLayerMixin):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         span = self.owner.span
-        if self.owner.length == 0:
-            tokens = key_states.shape[2]
-            self.keys[:, :, :tokens] = key_states
-            self.values[:, :, :tokens] = value_states
-            return self.keys[:, :, :tokens], self.values[:, :, :tokens]
+        if self.owner.prefilling:
+            start, end = self.owner.longest, self.owner.longest + key_states.shape[2]
+            self.keys[:, :, start:end] = key_states
+            self.values[:, :, start:end] = value_states
+            return self.keys[:, :, :end], self.values[:, :, :end]
         rows, slots = span.rows.to(self.device), span.slots.to(self.device)
         self.keys[rows, :, slots] = key_states.transpose(1, 2)
         self.values[rows, :, slots] = value_states.transpose(1, 2)
@@ -75,7 +91,7 @@ class BufferLayer(CacheLayerMixin):
         for name in ("keys", "values"):
             old = getattr(self, name)
             new = old.new_empty(*old.shape[:2], capacity, old.shape[3])
-            new[:, :, : self.owner.length] = old[:, :, : self.owner.length]
+            new[:, :, : self.owner.longest] = old[:, :, : self.owner.longest]
             setattr(self, name, new)
 
     def lse_estimate(self) -> Tensor:
@@ -88,16 +104,17 @@ class BufferLayer(CacheLayerMixin):
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Length and offset of the keys to mask; the offset tells that none need masking."""
-        return self.owner.length + query_length, NO_MASK if self.owner.length else 0
+        return self.owner.longest + query_length, 0 if self.owner.prefilling else NO_MASK
 
     def get_seq_length(self) -> int:
-        return self.owner.length
+        return self.owner.longest
 
     def get_max_length(self) -> int:
         return -1
 
 
-def _bucket(tokens: int) -> int:
+def bucket(tokens: int) -> int:
+    """`tokens` rounded up, so that buffers grow rarely and sizes repeat."""
     return -(-tokens // BUCKET) * BUCKET
 
 
@@ -111,33 +128,45 @@ class Span:
 
 
 class SparseToDenseCache(Cache):
-    """The buffers of all layers and the number of tokens that are accepted.
+    """The buffers of all layers and the number of tokens of each row that are accepted.
 
     Args:
-        template: the empty DynamicCache that generate made; it says which layers have a window,
-            and is what the caller gets back at the end.
+        config: of the text decoder; it says which layers have a sliding window.
+        template: the DynamicCache that generate made or its caller gave. The call goes on from its
+            tokens, and it gets the new ones at the end.
         capacity: tokens to make room for, rounded up to a multiple of `BUCKET`.
         kv_start: first valid position of each row, int32 ``[B]``, or None without left padding.
+
+    Attributes:
+        lengths: accepted tokens of each row, int64 ``[B]``.
+        longest: the largest of them, as the host knows it.
+        prefilling: until the prompt is read.
+        prompt: tokens that were there when it had been.
+        answer: stands in for the model in forward calls that carry this cache.
     """
 
     def __init__(
         self,
+        config: PreTrainedConfig,
         template: DynamicCache,
         capacity: int,
         batch: int,
         device: torch.device,
         kv_start: Tensor | None = None,
     ):
-        windows = [getattr(layer, "sliding_window", None) for layer in template.layers]
-        super().__init__(layers=[BufferLayer(self, window) for window in windows])
+        windows = [getattr(x, "sliding_window", None) for x in DynamicCache(config=config).layers]
         self.template = template
-        self.capacity = _bucket(capacity)
+        self.capacity = bucket(capacity)
         self.kv_start = kv_start
-        self.length = 0
+        self.longest = template.get_seq_length()
+        self.prefilling = True
+        past = template.layers if self.longest else [None] * len(windows)
+        super().__init__(layers=[BufferLayer(self, w, p) for w, p in zip(windows, past)])
+        self.lengths = torch.full((batch,), self.longest, device=device)
         self.tail_start = torch.zeros(batch, dtype=torch.int32, device=device)
         self._rows = torch.arange(batch, device=device)[:, None]
-        self.rounds: Any = None  # answers the forward calls that carry this cache
-        self.expect(0)
+        self.prompt = 0
+        self.answer: Any = None
 
     @property
     def selecting_layers(self) -> list[BufferLayer]:
@@ -145,30 +174,48 @@ class SparseToDenseCache(Cache):
 
     def reserve(self, tokens: int) -> None:
         """Make room for `tokens` more. What is not accepted does not survive a growth."""
-        if self.length + tokens > self.capacity:
-            self.capacity = _bucket(max(self.length + tokens, self.capacity * 3 // 2))
+        if self.longest + tokens > self.capacity:
+            self.capacity = bucket(max(self.longest + tokens, self.capacity * 3 // 2))
             for layer in self.layers:
                 layer.grow(self.capacity)
 
     def expect(self, tokens: int, ahead: int = 0) -> None:
-        """Say that the next pass brings `tokens` tokens, `ahead` past the accepted ones."""
-        start = self.length + ahead
-        slots = torch.arange(start, start + tokens, device=self._rows.device)
-        kv_len = torch.full_like(self.tail_start, start + tokens)
-        self.span = Span(kv_len, self._rows, slots.expand(len(self._rows), -1))
+        """Say that the next pass brings each row `tokens` tokens, `ahead` past its accepted."""
+        start = self.lengths[:, None] + ahead
+        slots = start + torch.arange(tokens, device=start.device)
+        self.span = Span((start[:, 0] + tokens).int(), self._rows, slots)
 
-    def finish_prefill(self, prompt_length: int) -> None:
-        self.length = prompt_length
-        self.tail_start.fill_(prompt_length)
+    def advance(self, tokens: int | Tensor, longest: int) -> None:
+        """Accept `tokens` more, ``[B]`` or of every row; the longest row has `longest` then."""
+        self.lengths = self.lengths + tokens
+        self.longest = longest
+
+    def rewind(self, length: int) -> None:
+        """Forget every row's tokens from `length` on."""
+        self.lengths = self.lengths.clamp(max=length)
+        self.longest = length
+
+    def finish_prefill(self, new_tokens: int) -> None:
+        self.advance(new_tokens, self.longest + new_tokens)
+        self.tail_start.copy_(self.lengths)
+        self.prompt = self.longest
+        self.prefilling = False
 
     def to_dynamic(self) -> DynamicCache:
-        """The accepted tokens in the cache that generate made, as plain decoding leaves it."""
+        """Put the tokens into the DynamicCache, as plain decoding leaves it. Call it last.
+
+        Layer by layer, so that no more than one layer is in memory twice.
+        """
         for index, layer in enumerate(self.layers):
-            keys, values = layer.keys[:, :, : self.length], layer.values[:, :, : self.length]
-            self.template.update(keys.clone(), values.clone(), index)
+            known = 0
+            if self.template.layers and index < len(self.template.layers):
+                known = self.template.layers[index].get_seq_length()
+            new = slice(known, self.longest)
+            self.template.update(layer.keys[:, :, new], layer.values[:, :, new], index)
+            layer.keys = layer.values = None
         return self.template
 
     def release(self) -> None:
-        """Drop the buffers now: cache, layers and rounds refer to each other in a circle."""
+        """Drop the buffers now: cache, layers and engine refer to each other in a circle."""
         self.layers.clear()
-        self.rounds = None
+        self.answer = None

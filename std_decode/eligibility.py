@@ -6,11 +6,27 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers import (
+    AsyncTextIteratorStreamer,
+    DynamicCache,
+    GenerationConfig,
+    GenerationMixin,
+    LogitsProcessorList,
+    PreTrainedModel,
+    StoppingCriteriaList,
+    TextIteratorStreamer,
+    TextStreamer,
+)
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.generation.stopping_criteria import (
+    EosTokenCriteria,
+    MaxLengthCriteria,
+    StopStringCriteria,
+)
 
 from std_decode.attention import Pass, Phase, attention_of
 from std_decode.cache import SparseToDenseCache
+from std_decode.sampling import STATELESS
 from std_decode.selection import plan_selection
 
 SUPPORTED = (
@@ -18,6 +34,9 @@ SUPPORTED = (
     "sliding-window self-attention, among them Qwen2-VL, LLaVA-OneVision and Llama"
 )
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
+_LAYERS = {DynamicLayer, DynamicSlidingWindowLayer}
+_CRITERIA = {EosTokenCriteria, MaxLengthCriteria, StopStringCriteria}
+_STREAMERS = {type(None), TextStreamer, TextIteratorStreamer, AsyncTextIteratorStreamer}
 _POSITION_DEPENDENT_ROPE = {"dynamic", "longrope"}
 
 
@@ -46,7 +65,7 @@ def attention_layers(model: PreTrainedModel) -> frozenset[nn.Module]:
         )
     types = set(getattr(config, "layer_types", None) or ()) - _LAYER_TYPES
     cache_types = {type(layer) for layer in DynamicCache(config=config).layers}
-    types |= {t.__name__ for t in cache_types - {DynamicLayer, DynamicSlidingWindowLayer}}
+    types |= {t.__name__ for t in cache_types - _LAYERS}
     if types or getattr(config, "attention_chunk_size", None) is not None:
         found = ", ".join(sorted(types)) or "chunked attention"
         raise NotImplementedError(f"patch: {name} has layers of type {found}; {SUPPORTED}")
@@ -78,9 +97,8 @@ def _probe(model: PreTrainedModel, decoder: nn.Module, layers: frozenset[nn.Modu
     ids = torch.arange(9, device=device)[None] % decoder.config.get_text_config().vocab_size
     positions = torch.arange(9, device=device)[None]
     expected = decoder(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state
-    template = DynamicCache(config=decoder.config)
-    cache = SparseToDenseCache(template, 9, batch=1, device=device)
-    selection = plan_selection(torch.zeros_like(ids[:, :5], dtype=torch.bool), None, 1)
+    cache = SparseToDenseCache(decoder.config, DynamicCache(), 9, batch=1, device=device)
+    selection = plan_selection(torch.zeros_like(ids[:, :5], dtype=torch.bool), None, 1, 5)
     try:
         phases: list[tuple[Phase, int, int]] = [("prefill", 0, 5), ("verify", 5, 9)]
         for phase, start, end in phases:
@@ -92,7 +110,7 @@ def _probe(model: PreTrainedModel, decoder: nn.Module, layers: frozenset[nn.Modu
                     past_key_values=cache,
                     use_cache=True,
                 ).last_hidden_state
-            cache.length = end
+            cache.finish_prefill(end - start)
     except (ValueError, TypeError, RuntimeError) as error:
         raise NotImplementedError(
             f"patch: {name} did not run a trial through the sparse-to-dense attention "
@@ -116,18 +134,9 @@ def fallback_reason(
     kwargs: dict[str, Any],
 ) -> str | None:
     """Why this generate call has to run as unpatched, or None."""
-    cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
-    fresh_cache = (
-        isinstance(cache, DynamicCache)
-        and type(cache) is DynamicCache
-        and not cache.offloading
-        and not getattr(cache, "_is_user_defined", False)
-        and cache.get_seq_length() == 0
-    )
     reasons = {
         "the model is in training mode; call model.eval()": model.training,
         "use_cache is off": not kwargs.get("use_cache"),
-        "the cache was given by the caller or is no DynamicCache": not fresh_cache,
         "attentions or hidden states are returned": config.output_attentions
         or config.output_hidden_states,
         "prefill is chunked": config.prefill_chunk_size is not None,
@@ -135,20 +144,98 @@ def fallback_reason(
         "generate is synchronised across GPUs (FSDP or DeepSpeed)": synced_gpus,
         "the prompt is given as inputs_embeds": input_ids.shape[1] == 0,
         "generate made no position_ids": kwargs.get("position_ids") is None,
+        # PEFT does it for prefix tuning, prompt tuning and their kin, which put keys of their own
+        # before the prompt's.
+        "prepare_inputs_for_generation was replaced": "prepare_inputs_for_generation"
+        in vars(model),
     }
     for reason, applies in reasons.items():
         if applies:
             return reason
-    if mask is not None and not _is_left_padded(mask, input_ids):
+    cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
+    unsuitable = _cache_reason(model, cache, len(input_ids))
+    if unsuitable is not None:
+        return unsuitable
+    past, new = prompt_parts(cache, input_ids, mask, config)
+    if new < 1:
+        return "the cache given already holds the whole prompt"
+    if mask is not None and mask.shape != (len(input_ids), past + new):
+        return "the attention mask does not fit the prompt and the cache given"
+    if mask is not None and not _is_left_padded(mask):
         return "the attention mask is not zeros, then ones in every row"
-    if _rope_depends_on_length(model, config.max_length):
+    if _rope_depends_on_length(model, past + new - input_ids.shape[1] + config.max_length):
         return "the model's RoPE depends on the sequence length at this length"
     return None
 
 
-def _is_left_padded(mask: Tensor, input_ids: Tensor) -> bool:
-    if mask.shape != input_ids.shape:
-        return False
+def _cache_reason(model: PreTrainedModel, cache: Any, batch: int) -> str | None:
+    if type(cache) is not DynamicCache or cache.offloading:
+        return "the cache is not a plain DynamicCache"
+    kinds = [type(layer) for layer in cache.layers]
+    if not set(kinds) <= _LAYERS:
+        return "the cache given has layers of another kind than DynamicCache makes"
+    if not cache.get_seq_length():
+        return None
+    windows = [
+        getattr(layer, "sliding_window", None)
+        for layer in DynamicCache(config=model.get_decoder().config).layers
+    ]
+    for layer, window in zip(cache.layers, windows):
+        if getattr(layer, "sliding_window", window) != window:
+            return "the cache given has other sliding windows than the model"
+    lengths = {layer.get_seq_length() for layer in cache.layers}
+    if len(cache.layers) != len(windows) or len(lengths) != 1:
+        return "the layers of the cache given are not equally long, one for each of the model's"
+    if any(layer.keys.shape[0] != batch for layer in cache.layers):
+        return "the cache given has another batch size than the prompt"
+    return None
+
+
+def prompt_parts(
+    cache: DynamicCache, input_ids: Tensor, mask: Tensor | None, config: GenerationConfig
+) -> tuple[int, int]:
+    """How many tokens of the prompt the cache holds, and how many are still to be read.
+
+    `input_ids` are all of them or the latter alone, which generate tells by the mask's length.
+    """
+    past, given = cache.get_seq_length(), input_ids.shape[1]
+    masked = mask.shape[1] if mask is not None else getattr(config, "_mask_length", -1)
+    return past, given - past if masked == given else given
+
+
+def lockstep_reason(
+    input_ids: Tensor,
+    processors: LogitsProcessorList,
+    criteria: StoppingCriteriaList,
+    config: GenerationConfig,
+    streamer: Any,
+) -> str | None:
+    """Why the rows of a batch have to advance together, or None.
+
+    Everything that sees the steps one by one, and might make something of their order, has to be
+    code that is known not to.
+    """
+    unknown = [type(p).__name__ for p in processors if type(p) not in STATELESS]
+    unknown += [type(c).__name__ for c in criteria if type(c) not in _CRITERIA]
+    longest = [c.maximum_token_len for c in criteria if isinstance(c, StopStringCriteria)]
+    sampling = config.do_sample
+    reasons = {
+        f"{', '.join(unknown)} may depend on the order of calls": unknown,
+        "scores or logits are returned": config.return_dict_in_generate
+        and (config.output_scores or config.output_logits),
+        "a streamer takes the tokens of a batch": streamer is not None and len(input_ids) > 1,
+        "the streamer is not one of transformers' and may use random numbers": sampling
+        and type(streamer) not in _STREAMERS,
+        "nothing limits the length": not any(isinstance(c, MaxLengthCriteria) for c in criteria),
+        "a stop string is longer than the prompt": max(longest, default=0) > input_ids.shape[1],
+        f"the random numbers of {input_ids.device.type} cannot be drawn ahead": sampling
+        and input_ids.device.type not in ("cpu", "cuda"),
+        "input_ids are not int64": input_ids.dtype != torch.int64,
+    }
+    return next((reason for reason, applies in reasons.items() if applies), None)
+
+
+def _is_left_padded(mask: Tensor) -> bool:
     steps = mask[:, 1:] >= mask[:, :-1]
     return bool((steps.all() & (mask[:, -1] == 1).all() & ((mask == 0) | (mask == 1)).all()))
 

@@ -1,205 +1,151 @@
 """The method: draft with sparse attention, verify densely, keep what agrees.
 
-transformers' own sampling loop stays in charge. It asks a patched model for the logits after one
-more token; the answers come from rounds. A round drafts `gamma` tokens after the pending one with
-sparse attention, then runs one dense pass over all of them, which answers that question and up to
-`gamma` following ones: as long as the token that generate chooses is the one that was drafted, its
-logits are already there. The first time it is not, the rest of the round is forgotten and a new
-one starts from the chosen token.
+A round drafts `gamma` tokens after each row's pending one with sparse attention, then runs one
+dense pass over all of them, which tells for each the token that dense decoding would have chosen
+next. The longest prefix of drafts that agrees is kept, and the dense choice after it: 1 to
+`gamma + 1` tokens a round, and exactly the text of dense decoding.
 
-So processors, stopping criteria, streamers, scores and random numbers are handled by the very code
-that handles them without us, and one rule, "chosen token == draft token", serves greedy decoding
-and sampling, in every row of a batch at once (lockstep: a batch advances by its smallest
-acceptance).
+One rule chooses draft and dense tokens alike, greedy or sampled: the same processors, and when
+sampling the same random numbers, each belonging to one step of one row. So rows need not wait for
+each other (ragged mode): each advances by its own acceptance. Where code of the caller's has to
+see every step of the whole batch, lockstep.py does it instead.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from std_decode.attention import Pass, Phase, attention_of
-from std_decode.cache import SparseToDenseCache
-from std_decode.sampling import Drafter
-from std_decode.selection import Selection
-from std_decode.stats import DecodeStats, peak_memory_bytes
-from std_kernels import select_topk
+from std_decode.engine import Engine, shared_inputs
+from std_decode.rows import Rows
+from std_decode.sampling import Chooser
 
-# Tokens per dense pass on the demo model, mean of 6 clips, gamma 4: never re-selecting, going by
-# the newest scores alone, and with this: at 1,024 video tokens and K 32 3.48, 2.27, 3.95; K 64
-# 3.51, 3.86, 4.94; K 128 3.61, 4.74, 4.94; at 128 video tokens and K 32 2.12, 2.64, 3.18.
-FADE = 0.9
-
-# What generate passes per token that a round works out for itself; the rest it hands on.
-_OWN_INPUTS = {
-    "input_ids", "position_ids", "attention_mask", "past_key_values", "logits_to_keep",
-    "token_type_ids", "mm_token_type_ids", "cache_position", "return_dict",
-}  # fmt: skip
+MOST_TOKENS_PER_PASS = 64  # of std_kernels.verify_attention
 
 
-@dataclass
-class Round:
-    """What one dense pass settled.
-
-    Attributes:
-        tokens: the pending token and the drafts after it, ``[B, gamma + 1]``.
-        logits: the dense model's, after each of them, ``[B, gamma + 1, V]``.
-        answered: how many of these logits generate has been given.
-    """
-
-    tokens: Tensor
-    logits: Tensor
-    answered: int = 0
-
-
-class Rounds:
-    """Answers generate's questions for logits, a round of draft and verification at a time.
+class Decoding:
+    """One generate call in ragged mode.
 
     Args:
-        forward: the unpatched model's forward call.
-        config: of the text decoder, whose attention is switched for the length of a pass.
-        layers: the decoder's attention modules.
-        cache: empty.
-        selection: the rules of this prompt; None where nothing will be drafted.
-        drafter: chooses draft tokens as generate would.
+        engine: before prefill.
+        choose: the rule that chooses draft and dense tokens.
+        rows: the prompt, and when its rows end.
         draft_length: gamma, the most tokens a round drafts.
-        reselect: whether each verification renews the selection.
+        streamer: gets each token once it is known; only with a single row.
     """
 
     def __init__(
-        self,
-        forward: Callable[..., Any],
-        config: Any,
-        layers: frozenset,
-        cache: SparseToDenseCache,
-        selection: Selection | None,
-        drafter: Drafter,
-        draft_length: int,
-        reselect: bool,
-        stats: DecodeStats,
+        self, engine: Engine, choose: Chooser, rows: Rows, draft_length: int, streamer: Any = None
     ):
-        self.forward, self.config, self.layers = forward, config, layers
-        self.cache, self.selection, self.drafter = cache, selection, drafter
-        self.draft_length, self.stats = draft_length, stats
-        self.reselect = reselect and selection is not None and not selection.complete
-        self.round: Round | None = None
-        self.importance: Tensor | None = None  # [layers, B, Hkv, S]
-        self.accepted: Tensor | int = 0
+        self.engine, self.choose, self.rows = engine, choose, rows
+        self.draft_length, self.streamer = draft_length, streamer
+        self.step_limit = 0  # that the rows may come to in this round
+        self.row_passes = 0  # dense passes after prefill, once for each row that went on
 
-    def __call__(self, **inputs: Any) -> Any:
-        """Stand in for ``model(**inputs)`` inside generate."""
-        if self.cache.length == 0:
-            return self.prefill(inputs)
-        if self.round is None or not self.agrees(self.round, inputs["input_ids"]):
-            self.round = self.draft_and_verify(inputs)
-        self.cache.length += 1  # one more token accepted; a rejected draft is just never counted
-        logits = self.round.logits[:, self.round.answered, None]
-        self.round.answered += 1
-        return CausalLMOutputWithPast(logits=logits, past_key_values=self.cache)
+    def run(self, model: Any, input_ids: Tensor, config: Any, kwargs: dict[str, Any]) -> Tensor:
+        """Generate; the arguments are those of a transformers model's ``_sample``.
 
-    def prefill(self, inputs: dict[str, Any]) -> Any:
-        length = inputs["input_ids"].shape[1]
-        self.cache.expect(length)
-        with self.stats.timed("prefill"):
-            outputs = self.run("prefill", **inputs)
-        self.cache.finish_prefill(length)
-        if self.selection is not None:
-            self.select(self.selection)
-        return outputs
-
-    def agrees(self, round: Round, pending: Tensor) -> bool:
-        """Whether every row's chosen token is the drafted one, so that its logits are known."""
-        if round.answered == round.tokens.shape[1]:
-            return False
-        same = pending[:, 0] == round.tokens[:, round.answered]
-        self.accepted = self.accepted + (same & self.drafter.was_active).sum()
-        return bool(same.all())
-
-    def draft_and_verify(self, inputs: dict[str, Any]) -> Round:
-        gamma = 0
-        if self.selection is not None:
-            gamma = max(0, min(self.draft_length, self.drafter.steps_left() - 1))
-        self.cache.reserve(gamma + 1)
-        positions = inputs["position_ids"][..., -1:]
-        shared = {k: v for k, v in inputs.items() if k not in _OWN_INPUTS}
-        tokens = self.draft(inputs["input_ids"], positions, gamma, shared)
-        logits = self.verify(tokens, positions, shared)
-        if gamma:
-            self.stats.rounds += 1
-            self.stats.draft_lengths.append(gamma)
-            if self.reselect and self.selection is not None:
-                self.select(self.selection)
-        return Round(tokens, logits)
-
-    def draft(self, pending: Tensor, positions: Tensor, gamma: int, shared: dict) -> Tensor:
-        """The pending token and `gamma` more, by sparse attention, ``[B, gamma + 1]``."""
-        for layer in self.cache.layers:
-            layer.draft_lse.clear()
-        tokens, choose = pending, self.drafter.start(gamma)
-        for step in range(gamma):
-            with self.stats.timed("draft"):
-                self.cache.expect(1, ahead=step)
-                newest = {"input_ids": tokens[:, -1:], "position_ids": positions + step}
-                logits = self.run("draft", **newest, **shared).logits[:, -1]
-                tokens = torch.cat([tokens, choose(logits)], dim=1)
-        return tokens
-
-    def verify(self, tokens: Tensor, positions: Tensor, shared: dict) -> Tensor:
-        """The dense model's logits after each of the tokens, ``[B, gamma + 1, V]``."""
-        count = tokens.shape[1]
-        with self.stats.timed("verify" if count > 1 else "dense"):
-            self.cache.expect(count)
-            positions = positions + torch.arange(count, device=positions.device)
-            return self.run(
-                "verify",
-                rescore=self.reselect and count > 1,
-                input_ids=tokens,
-                position_ids=positions,
-                **shared,
-            ).logits
-
-    def select(self, selection: Selection) -> None:
-        """Pick each layer's and KV head's keys for the next drafts from the newest scores.
-
-        A key's importance is its share of the attention of the round in which it mattered most,
-        fading by `FADE` a round: what was needed lately is often needed again.
+        Returns:
+            Prompt and generated tokens, ``[B, S + steps]``.
         """
-        layers, prompt = self.cache.selecting_layers, selection.always.shape[1]
-        with self.stats.timed("select"):
-            scores = torch.stack([layer.scores[..., :prompt] for layer in layers])
-            importance = scores / scores.sum(dim=-1, keepdim=True).clamp(min=1e-30)
-            if self.importance is not None:
-                importance = torch.maximum(importance, FADE * self.importance)
-            self.importance = importance
-            indices = select_topk(
-                importance,
-                selection.width,
-                candidates=selection.candidates,
-                always=selection.always,
-            )
-            for layer, chosen in zip(layers, indices):
-                layer.indices, layer.scores = chosen, None
+        rows = self.rows
+        try:
+            outputs = model._prefill(input_ids, config, kwargs)
+            self.choose.begin(outputs.logits[:, -1], rows.text.device)
+            self.begin_round(0)
+            self.accept(rows.text[:, :0], outputs.logits[:, -1:])
+            kwargs = model._update_model_kwargs_for_generation(outputs, kwargs)
+            del outputs  # the prompt's logits may be large
+            first = rows.text[:, : rows.prompt + 1]
+            inputs = model.prepare_inputs_for_generation(first, next_sequence_length=1, **kwargs)
+            self.first_position, self.shared = inputs["position_ids"], shared_inputs(inputs)
+            with model._optimize_model_for_decode():
+                while rows.going():
+                    self.round()
+        finally:
+            if self.choose.noise is not None:
+                self.choose.noise.end(min(max(rows.at), rows.end()))
+        if self.streamer is not None:
+            self.streamer.end()
+        self.engine.stats.settle(sum(rows.at) - len(rows.at), self.row_passes)
+        return rows.sequences()
 
-    def run(self, phase: Phase, *, rescore: bool = False, **inputs: Any) -> Any:
-        running = Pass(phase, self.cache, self.layers, self.selection, rescore)
-        inputs.update(past_key_values=self.cache, use_cache=True, return_dict=True)
-        with attention_of(self.config, running):
-            return self.forward(**inputs)
+    def round(self) -> None:
+        rows, cache = self.rows, self.engine.cache
+        gamma = max(0, min(self.draft_length, rows.most_steps_left() - 1))
+        self.row_passes += len(rows.going())
+        self.engine.stats.drafted += gamma * len(rows.going())
+        self.begin_round(gamma)
+        tokens, logits = self.engine.draft_and_verify(
+            rows.pending(), self.positions(gamma + 1), gamma, self.draft, self.shared
+        )
+        given = self.accept(tokens[:, 1:], logits)
+        cache.advance(given, cache.prompt + max(rows.at) - 1)
 
-    def finish(self, sequences: Tensor) -> None:
-        """Settle the counts once generate has its sequences, ``[B, S]``."""
-        if self.round is not None:
-            self.agrees(self.round, sequences[:, -1:])  # the last token was never asked about
-        stats, drafter = self.stats, self.drafter
-        stats.accepted, stats.drafted = int(self.accepted), int(drafter.drafted)
-        stats.emitted = int(drafter.emitted)
-        stats.acceptance_rate = stats.accepted / max(1, stats.drafted)
-        passes = stats.calls["verify"] + stats.calls["dense"]
-        steps = drafter.steps - 1  # the first token came from prefill
-        stats.mean_accepted_length = steps / passes if passes else 0.0
-        stats.peak_memory_bytes = peak_memory_bytes(sequences.device)
+    def begin_round(self, gamma: int) -> None:
+        """Make room for a round's tokens, and have the random numbers that choose them."""
+        rows, noise = self.rows, self.choose.noise
+        rows.reserve(gamma + 1)
+        self.step_limit = rows.ends.most_steps
+        if noise is not None:
+            at = [rows.at[row] for row in rows.going()]
+            # A row that is too far ahead of the slowest waits for it.
+            until = min(max(at) + gamma + 1, rows.ends.most_steps)
+            self.step_limit = noise.draw(until, min(at))
+
+    def draft(self, logits: Tensor, step: int) -> Tensor:
+        """The token ``[B]`` to draft after `step` others, given the draft logits ``[B, V]``."""
+        token, _ = self.choose(logits, self.rows, step)
+        self.rows.write(token[:, None], step)
+        return token
+
+    def accept(self, drafts: Tensor, logits: Tensor) -> Tensor:
+        """Keep the drafts that agree with the dense choice, and the dense choice after them.
+
+        Args:
+            drafts: ``[B, gamma]``.
+            logits: dense, before each of them and after the last, ``[B, gamma + 1, V]``.
+
+        Returns:
+            How many tokens each row was given, ``[B]``.
+        """
+        rows, stats = self.rows, self.engine.stats
+        choices = [self.choose(logits[:, t], rows, t) for t in range(logits.shape[1])]
+        chosen = torch.stack([token for token, _ in choices], dim=1)
+        agreed = (drafts == chosen[:, :-1]).long().cumprod(dim=1).sum(dim=1)
+        given, own = rows.keep(chosen, agreed, self.step_limit)
+        step = torch.arange(chosen.shape[1], device=given.device)
+        undefined = torch.stack([nan for _, nan in choices], dim=1) & (step < given[:, None])
+        before = rows.at
+        own_, accepted, undefined_ = rows.read(own, torch.minimum(agreed, own), undefined.sum(1))
+        if any(undefined_):  # as torch.multinomial has it
+            raise RuntimeError("probability tensor contains either `inf`, `nan` or element < 0")
+        stats.emitted += sum(own_)
+        stats.accepted += sum(accepted)
+        if self.streamer is not None:
+            for token in rows.text[0, rows.prompt + before[0] : rows.prompt + rows.at[0]].cpu():
+                self.streamer.put(token[None])
+        return given
+
+    def positions(self, count: int) -> Tensor:
+        """Position ids of each row's pending token and those after it, ``[..., B, count]``."""
+        step = self.rows.steps[:, None] - 1 + torch.arange(count, device=self.rows.steps.device)
+        # Drafts beyond the longest possible text are never kept, but a position table may end.
+        return self.first_position + step.clamp(max=self.rows.ends.most_steps - 1)
+
+    def complete_cache(self, sequences: Tensor) -> None:
+        """Make the cache hold what plain decoding leaves there: all tokens but the last.
+
+        Rows that ended early lack their padding.
+        """
+        rows, cache = self.rows, self.engine.cache
+        shortest, end = min(rows.at), rows.end()
+        cache.rewind(cache.prompt + min(shortest, end) - 1)
+        for start in range(shortest - 1, end - 1, MOST_TOKENS_PER_PASS):
+            count = min(MOST_TOKENS_PER_PASS, end - 1 - start)
+            tokens = sequences[:, rows.prompt + start :][:, :count]
+            position = start + torch.arange(count, device=tokens.device)
+            self.engine.read(tokens, self.first_position + position, self.shared)
+            cache.advance(count, cache.longest + count)

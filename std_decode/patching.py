@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from types import MethodType
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -17,11 +16,10 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from std_decode.cache import MOST_NEW_TOKENS, SparseToDenseCache
-from std_decode.eligibility import attention_layers, fallback_reason, left_padding
-from std_decode.loop import Rounds
-from std_decode.sampling import Drafter
-from std_decode.selection import plan_selection, visual_tokens
+from std_decode.cache import SparseToDenseCache
+from std_decode.eligibility import attention_layers
+from std_decode.generation import sample
+from std_decode.selection import VisualMask
 from std_decode.stats import DecodeStats
 
 MOST_DRAFTS = 63  # verification takes up to 64 tokens: the pending one and the drafts
@@ -39,6 +37,8 @@ class _Patch:
     top_k_keys: int
     draft_length: int
     reselect: bool
+    visual_token_ids: Sequence[int] | None
+    visual_mask: VisualMask | None
     stats: DecodeStats | None = None
 
 
@@ -48,6 +48,8 @@ def patch(
     top_k_keys: int = 1024,
     draft_length: int | Literal["auto"] = "auto",
     reselect: bool = True,
+    visual_token_ids: Sequence[int] | None = None,
+    visual_mask: VisualMask | None = None,
 ) -> Model:
     """Make ``model.generate()`` draft with sparse attention and verify densely.
 
@@ -63,6 +65,11 @@ def patch(
             layer and KV head, at least 1. The text around the video is read besides.
         draft_length: tokens drafted a round (gamma), 0 to 63; 0 decodes densely. "auto" is 4.
         reselect: whether each verification renews the selection, or the prompt's is kept.
+        visual_token_ids: token ids that stand for video or image, where the processor's
+            ``mm_token_type_ids`` and the ids in the model's config do not tell.
+        visual_mask: where the prompt holds video or image tokens, for prompts that ids cannot
+            tell: bool ``[B, S]``, ``[1, S]`` or ``[S]``, or a function of ``input_ids [B, S]``
+            that returns it. Goes before `visual_token_ids`.
 
     Returns:
         `model` itself.
@@ -80,6 +87,7 @@ def patch(
         doi 10.18653/v1/2025.acl-short.59; re-selection from verification is an addition.
     """
     _check_options(top_k_keys, draft_length, reselect)
+    _check_visual(visual_token_ids, visual_mask)
     target = _unwrapped(model)
     if is_patched(target):
         raise RuntimeError(
@@ -87,13 +95,11 @@ def patch(
             "call unpatch(model) first to change the options"
         )
     layers = attention_layers(target)
-    original = type(target)
     gamma = AUTO_DRAFT_LENGTH if draft_length == "auto" else draft_length
-    # Under the same name and module: transformers and its pipelines look at both.
-    names = {"__module__": original.__module__, "__qualname__": original.__qualname__}
-    patched_class = type(original.__name__, (_SparseToDense, original), names)
-    target._std_decode = _Patch(original, layers, top_k_keys, gamma, reselect)
-    target.__class__ = patched_class
+    target._std_decode = _Patch(
+        type(target), layers, top_k_keys, gamma, reselect, visual_token_ids, visual_mask
+    )
+    target.__class__ = _patched_class(type(target))
     return model
 
 
@@ -144,6 +150,18 @@ def last_stats(model: nn.Module) -> DecodeStats | None:
     return target._std_decode.stats
 
 
+def _patched_class(original: type) -> type:
+    # Under the same name and module: transformers and its pipelines look at both.
+    names = {"__module__": original.__module__, "__qualname__": original.__qualname__}
+    return type(original.__name__, (_SparseToDense, original), names)
+
+
+def _new_patched(original: type) -> Any:
+    """What pickle and deepcopy begin a copy of a patched model with."""
+    kind: Any = _patched_class(original)
+    return kind.__new__(kind)
+
+
 class _SparseToDense:
     """Mixed into the class of a patched instance, before its own."""
 
@@ -152,8 +170,12 @@ class _SparseToDense:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         cache = kwargs.get("past_key_values")
         if isinstance(cache, SparseToDenseCache):
-            return cache.rounds(**kwargs)
+            return cache.answer(**kwargs)
         return super().__call__(*args, **kwargs)  # type: ignore[misc]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        reduced: Any = super().__reduce_ex__(protocol)
+        return _new_patched, (self._std_decode.original_class,), *reduced[2:]
 
     def _sample(
         self,
@@ -165,43 +187,17 @@ class _SparseToDense:
         streamer: Any = None,
         **model_kwargs: Any,
     ) -> Any:
-        reason = fallback_reason(self, input_ids, generation_config, synced_gpus, model_kwargs)
-        if reason is not None:
-            self._std_decode.stats = DecodeStats(fallback=reason)
-            criteria, rounds = stopping_criteria, None
-        else:
-            rounds = _rounds(
-                self,
-                input_ids,
-                logits_processor,
-                stopping_criteria,
-                generation_config,
-                model_kwargs,
-            )
-            model_kwargs["past_key_values"] = rounds.cache
-            criteria = rounds.drafter.criteria
-        try:
-            output = super()._sample(  # type: ignore[misc]
-                input_ids,
-                logits_processor,
-                criteria,
-                generation_config,
-                synced_gpus=synced_gpus,
-                streamer=streamer,
-                **model_kwargs,
-            )
-            if rounds is None:
-                return output
-            if isinstance(output, Tensor):
-                rounds.finish(output)
-            else:
-                rounds.finish(output.sequences)
-                output.past_key_values = rounds.cache.to_dynamic()
-            self._std_decode.stats = rounds.stats
-            return output
-        finally:
-            if rounds is not None:
-                rounds.cache.release()
+        return sample(
+            self,
+            super()._sample,  # type: ignore[misc]
+            input_ids,
+            logits_processor,
+            stopping_criteria,
+            generation_config,
+            synced_gpus,
+            streamer,
+            model_kwargs,
+        )
 
     def _beam_search(self, *args: Any, **kwargs: Any) -> Any:
         self._std_decode.stats = DecodeStats(fallback="beam search")
@@ -210,48 +206,6 @@ class _SparseToDense:
     def _assisted_decoding(self, *args: Any, **kwargs: Any) -> Any:
         self._std_decode.stats = DecodeStats(fallback="assisted decoding")
         return super()._assisted_decoding(*args, **kwargs)  # type: ignore[misc]
-
-
-def _rounds(
-    model: PreTrainedModel,
-    input_ids: Tensor,
-    processors: LogitsProcessorList,
-    criteria: StoppingCriteriaList,
-    config: GenerationConfig,
-    kwargs: dict[str, Any],
-) -> Rounds:
-    """Everything one accelerated generate call needs."""
-    options = model._std_decode
-    length = input_ids.shape[1]
-    kv_start = left_padding(kwargs.get("attention_mask"))
-    selection = None
-    if options.draft_length > 0:
-        visual = visual_tokens(input_ids, model.config, kwargs.get("mm_token_type_ids"))
-        selection = plan_selection(visual, kv_start, options.top_k_keys)
-    new_tokens = min(config.max_length - length, MOST_NEW_TOKENS)
-    capacity = length + new_tokens + options.draft_length + 1
-    cache = SparseToDenseCache(
-        kwargs["past_key_values"], capacity, len(input_ids), input_ids.device, kv_start
-    )
-    stats = DecodeStats(
-        mode="lockstep",
-        prompt_tokens=length,
-        selected_keys=selection.width if selection is not None else 0,
-    )
-    if input_ids.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(input_ids.device)
-    cache.rounds = Rounds(
-        forward=MethodType(options.original_class.__call__, model),
-        config=model.get_decoder().config,
-        layers=options.layers,
-        cache=cache,
-        selection=selection,
-        drafter=Drafter(input_ids, processors, criteria, config),
-        draft_length=options.draft_length,
-        reselect=options.reselect,
-        stats=stats,
-    )
-    return cache.rounds
 
 
 def _check_options(top_k_keys: Any, draft_length: Any, reselect: Any) -> None:
@@ -275,9 +229,30 @@ def _check_options(top_k_keys: Any, draft_length: Any, reselect: Any) -> None:
         raise TypeError(f"patch: reselect is {reselect!r}, expected True or False")
 
 
+def _check_visual(visual_token_ids: Any, visual_mask: Any) -> None:
+    if visual_token_ids is not None:
+        ids = visual_token_ids if isinstance(visual_token_ids, Sequence) else [None]
+        if isinstance(ids, str) or not all(type(i) is int for i in ids):
+            raise TypeError(
+                f"patch: visual_token_ids is {visual_token_ids!r}, expected a list of ints; for "
+                "one id give [id]"
+            )
+    if visual_mask is None or callable(visual_mask):
+        return
+    if not isinstance(visual_mask, Tensor) or visual_mask.dtype != torch.bool:
+        found = getattr(visual_mask, "dtype", repr(visual_mask))
+        raise TypeError(
+            f"patch: visual_mask is {found}, expected a bool tensor [B, S] or a function of "
+            "input_ids that returns one"
+        )
+
+
 def _unwrapped(model: Any) -> Any:
     """The transformers model inside a compiled model or a PeftModel, else `model`."""
-    model = getattr(model, "_orig_mod", model)
-    if not isinstance(model, PreTrainedModel) and hasattr(model, "get_base_model"):
-        model = model.get_base_model()
-    return model
+    while True:
+        inner = getattr(model, "_orig_mod", model)
+        if not isinstance(inner, PreTrainedModel) and hasattr(inner, "get_base_model"):
+            inner = inner.get_base_model()
+        if inner is model:
+            return model
+        model = inner

@@ -1,4 +1,4 @@
-"""Choosing draft tokens exactly as generate is going to choose the real ones."""
+"""Choosing tokens exactly as generate does: the same processors, and the same random numbers."""
 
 from __future__ import annotations
 
@@ -9,39 +9,157 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 from transformers.generation import logits_process
 
-# Row-wise functions of the tokens so far and the scores, with no memory of earlier calls: running
-# them on tokens that are later rejected leaves no trace. Any other processor sees verified logits
-# only, in generate's own loop: its effect on a draft token is missed, never its effect on the
-# output.
-_STATELESS = frozenset(
-    getattr(logits_process, name)
-    for name in (
-        "EpsilonLogitsWarper",
-        "EtaLogitsWarper",
-        "ForcedBOSTokenLogitsProcessor",
-        "ForcedEOSTokenLogitsProcessor",
-        "InfNanRemoveLogitsProcessor",
-        "LogitNormalization",
-        "MinLengthLogitsProcessor",
-        "MinNewTokensLengthLogitsProcessor",
-        "MinPLogitsWarper",
-        "NoBadWordsLogitsProcessor",
-        "NoRepeatNGramLogitsProcessor",
-        "RepetitionPenaltyLogitsProcessor",
-        "SequenceBiasLogitsProcessor",
-        "SuppressTokensAtBeginLogitsProcessor",
-        "SuppressTokensLogitsProcessor",
-        "TemperatureLogitsWarper",
-        "TopKLogitsWarper",
-        "TopPLogitsWarper",
-        "TypicalLogitsWarper",
-    )
-    if hasattr(logits_process, name)
+from std_decode.rows import Rows
+
+# Row-wise functions with no memory of earlier calls: running them on tokens that are later
+# rejected leaves no trace. These look at the scores alone,
+_OF_SCORES = (
+    "EpsilonLogitsWarper",
+    "EtaLogitsWarper",
+    "InfNanRemoveLogitsProcessor",
+    "LogitNormalization",
+    "MinPLogitsWarper",
+    "SuppressTokensLogitsProcessor",
+    "TemperatureLogitsWarper",
+    "TopHLogitsWarper",
+    "TopKLogitsWarper",
+    "TopPLogitsWarper",
+    "TypicalLogitsWarper",
+)
+# and these at the tokens so far, too.
+_OF_TEXT = (
+    "ExponentialDecayLengthPenalty",
+    "ForcedBOSTokenLogitsProcessor",
+    "ForcedEOSTokenLogitsProcessor",
+    "MinLengthLogitsProcessor",
+    "MinNewTokensLengthLogitsProcessor",
+    "NoBadWordsLogitsProcessor",
+    "NoRepeatNGramLogitsProcessor",
+    "RepetitionPenaltyLogitsProcessor",
+    "SequenceBiasLogitsProcessor",
+    "SuppressTokensAtBeginLogitsProcessor",
 )
 
 
+def _types(names: tuple[str, ...]) -> frozenset[type]:
+    return frozenset(getattr(logits_process, n) for n in names if hasattr(logits_process, n))
+
+
+_SCORE_PROCESSORS = _types(_OF_SCORES)
+STATELESS = _SCORE_PROCESSORS | _types(_OF_TEXT)
+
+
+class Chooser:
+    """Chooses each row's next token after its own text, rows being at different steps.
+
+    Args:
+        processors: all of them of a type in `STATELESS`.
+        sample: whether tokens are drawn, or the likeliest taken.
+        window: see `Noise`.
+
+    Attributes:
+        noise: None for greedy decoding, and before `begin`.
+    """
+
+    def __init__(self, processors: LogitsProcessorList, sample: bool, window: int):
+        self.processors, self.sample, self.window = processors, sample, window
+        self.reads_text = any(type(p) not in _SCORE_PROCESSORS for p in processors)
+        self.noise: Noise | None = None
+
+    def begin(self, logits: Tensor, device: torch.device) -> None:
+        """Learn from the first logits, ``[B, V]``, how much noise a step takes."""
+        if self.sample:
+            batch, vocabulary = logits.shape
+            self.noise = Noise(batch, vocabulary, self.window, device)
+
+    def __call__(self, logits: Tensor, rows: Rows, ahead: int) -> tuple[Tensor, Tensor]:
+        """The token that generate would choose for each row, `ahead` past its newest.
+
+        Args:
+            logits: ``[B, V]``.
+            rows: their `text` holds the `ahead` tokens to assume in between.
+
+        Returns:
+            Tokens ``[B]``, and where none can be drawn because the probabilities are NaN, bool
+            ``[B]``.
+        """
+        scores = logits.to(copy=True, dtype=torch.float32, device=rows.text.device)
+        if self.reads_text:
+            prefixes = [
+                rows.text[row : row + 1, : rows.prompt + at + ahead]
+                for row, at in enumerate(rows.at)
+            ]
+            scores = torch.cat(
+                [self.processors(ids, row[None]) for ids, row in zip(prefixes, scores)]
+            )
+        else:
+            scores = self.processors(rows.text, scores)
+        if self.noise is None:
+            token = scores.argmax(dim=-1)
+            return token, torch.zeros_like(token, dtype=torch.bool)
+        probabilities = scores.softmax(dim=-1)
+        token = (probabilities / self.noise.at(rows.steps + ahead)).argmax(dim=-1)
+        return token, probabilities[:, 0].isnan()  # softmax makes a whole row NaN, or none of it
+
+
+class Noise:
+    """The random numbers of sampling, drawn as plain generate draws them, ahead of time.
+
+    ``torch.multinomial(p, 1)`` is ``argmax(p / q)`` with one draw of q ~ Exp(1) like p
+    (aten/src/ATen/native/Distributions.cpp), which plain generate calls once a step for all rows.
+    So does this, in step order; row b's token of step t divides by row b of the t-th draw,
+    whichever round chooses it. A draft that divides by the q of its own step chooses the token
+    that verification will choose, wherever draft and dense model agree well enough
+    (drafter-invariant sampling, Daliri et al. 2024, arXiv 2408.07978).
+
+    Args:
+        batch, vocabulary: of a step's draw.
+        window: draws kept at a time, so that memory does not grow with the distance between rows.
+    """
+
+    def __init__(self, batch: int, vocabulary: int, window: int, device: torch.device):
+        self.generator = default_generator(device)
+        self.window = window
+        self.drawn = 0  # steps so far
+        self.states = {0: self.generator.get_state()}  # after so many steps
+        self.ring = torch.empty(window, batch, vocabulary, device=device)
+        self.rows = torch.arange(batch, device=device)
+
+    def draw(self, until: int, oldest: int) -> int:
+        """Have the draws of the steps before `until`, but of no more than `window` from `oldest`.
+
+        Returns:
+            The first step whose draw is not there.
+        """
+        for step in range(self.drawn, min(until, oldest + self.window)):
+            self.ring[step % self.window].exponential_(1, generator=self.generator)
+            self.states[step + 1] = self.generator.get_state()
+        self.drawn = max(self.drawn, min(until, oldest + self.window))
+        self.states = {s: state for s, state in self.states.items() if s >= oldest}
+        return self.drawn
+
+    def at(self, steps: Tensor) -> Tensor:
+        """Each row's draw of its own step, ``[B, V]``; of steps that are not drawn yet, any."""
+        return self.ring[steps % self.window, self.rows]
+
+    def end(self, steps: int) -> None:
+        """Leave the generator as `steps` steps of plain generate do."""
+        self.generator.set_state(self.states[steps])
+
+
+def default_generator(device: torch.device) -> torch.Generator:
+    """The generator that ``torch.multinomial`` draws from on `device`, CPU or CUDA."""
+    if device.type == "cuda":
+        index = torch.cuda.current_device() if device.index is None else device.index
+        return torch.cuda.default_generators[index]
+    return torch.default_generator
+
+
 class Drafter:
-    """Chooses draft tokens, and keeps the little of generate's state that this takes.
+    """Chooses draft tokens for lockstep decoding, where generate itself chooses the real ones.
+
+    A processor that is not known to be stateless sees verified logits only, in generate's own
+    loop: its effect on a draft token is missed, never its effect on the output.
 
     Attributes:
         criteria: generate's stopping criteria, to be handed to its loop in place of the original:
@@ -59,7 +177,7 @@ class Drafter:
         criteria: StoppingCriteriaList,
         config: GenerationConfig,
     ):
-        self.processors = LogitsProcessorList(p for p in processors if type(p) in _STATELESS)
+        self.processors = LogitsProcessorList(p for p in processors if type(p) in STATELESS)
         self.criteria = _WatchedCriteria(criteria)
         self.criteria.watcher = self._watch
         self.max_length, self.do_sample = config.max_length, config.do_sample
@@ -83,30 +201,32 @@ class Drafter:
     def steps_left(self) -> int:
         return self.max_length - self.input_ids.shape[1]
 
-    def start(self, gamma: int) -> Callable[[Tensor], Tensor]:
+    def start(self, gamma: int) -> Callable[[Tensor, int], Tensor]:
         """Begin a round after the newest token of `input_ids`.
 
         Returns:
-            A function to call `gamma` times with draft logits ``[B, V]``, for tokens ``[B, 1]``.
+            A function to call `gamma` times with draft logits ``[B, V]`` and the number of drafts
+            so far, for tokens ``[B]``.
         """
         self.drafted = self.drafted + gamma * self.active.sum()
-        ids, active, noise = self.input_ids, self.active, None
+        ids, active = self.input_ids, self.active
+        noise: list[Tensor] = []
 
-        def choose(logits: Tensor) -> Tensor:
+        def choose(logits: Tensor, step: int) -> Tensor:
             nonlocal ids, active, noise
             logits = logits.to(copy=True, dtype=torch.float32, device=ids.device)
             scores = self.processors(ids, logits)
             if self.do_sample:
                 probabilities = scores.softmax(dim=-1)
-                noise = iter(upcoming_noise(probabilities, gamma)) if noise is None else noise
-                token = (probabilities / next(noise)).argmax(dim=-1)
+                noise = noise or upcoming_noise(probabilities, gamma)
+                token = (probabilities / noise[step]).argmax(dim=-1)
             else:
                 token = scores.argmax(dim=-1)
             if self.ends is not None:  # rows that have ended go on as padding
                 token = torch.where(active, token, self.pad.to(token.device))
                 active = active & ~torch.isin(token, self.ends)
             ids = torch.cat([ids, token[:, None]], dim=1)
-            return token[:, None]
+            return token
 
         return choose
 
@@ -123,21 +243,16 @@ class _WatchedCriteria(StoppingCriteriaList):
 
 
 def upcoming_noise(probabilities: Tensor, steps: int) -> list[Tensor]:
-    """The Exp(1) noise that generate's next `steps` calls of ``torch.multinomial`` will draw.
+    """What `Noise` draws, of the next `steps` steps, with the generator left as it was.
 
-    ``torch.multinomial(p, 1)`` is ``argmax(p / q)`` with one draw of q ~ Exp(1) like p
-    (aten/src/ATen/native/Distributions.cpp). A draft that divides by the q of its own step chooses
-    the token that generate will choose, wherever draft and dense model agree well enough
-    (drafter-invariant sampling, Daliri et al. 2024, arXiv 2408.07978). The generator is left as it
-    was: generate draws the same numbers again, itself, so any other user of it sees no difference.
+    Generate draws the same numbers again, itself, so any other user of the generator (a processor
+    of the caller's own, say) sees no difference.
     """
     device = probabilities.device
-    if device.type == "cuda":
-        generator = torch.cuda.default_generators[device.index or 0]
-    elif device.type == "cpu":
-        generator = torch.default_generator
-    else:  # a generator that cannot be put back must not be drawn from
+    if device.type not in ("cpu", "cuda"):
+        # A generator that cannot be put back must not be drawn from.
         return [torch.ones_like(probabilities)] * steps
+    generator = default_generator(device)
     state = generator.get_state()
     try:
         return [torch.empty_like(probabilities).exponential_(1) for _ in range(steps)]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -39,24 +41,58 @@ class Selection:
     complete: bool
 
 
+VisualMask: TypeAlias = Tensor | Callable[[Tensor], Tensor]
+
+
 def visual_tokens(
-    input_ids: Tensor, config: PreTrainedConfig, mm_token_type_ids: Tensor | None
+    input_ids: Tensor,
+    config: PreTrainedConfig,
+    mm_token_type_ids: Tensor | None = None,
+    *,
+    visual_token_ids: Sequence[int] | None = None,
+    visual_mask: VisualMask | None = None,
 ) -> Tensor:
-    """Where the prompt holds video or image tokens, bool ``[B, S]``."""
-    if mm_token_type_ids is not None and mm_token_type_ids.shape == input_ids.shape:
-        return (mm_token_type_ids > 0).to(input_ids.device)
-    ids = [getattr(config, name, None) for name in _VISUAL_IDS]
-    known = torch.tensor([i for i in ids if isinstance(i, int)], device=input_ids.device)
+    """Where the prompt holds video or image tokens, bool ``[B, S]``.
+
+    The caller's mask tells, else the caller's ids, else the processor's token types, else the
+    ids in the model's config.
+
+    Raises:
+        ValueError: `visual_mask` does not fit the prompt.
+    """
+    if visual_mask is not None:
+        given = visual_mask(input_ids) if callable(visual_mask) else visual_mask
+        batch, length = input_ids.shape
+        if given.dtype != torch.bool or given.shape not in (
+            (length,),
+            (1, length),
+            (batch, length),
+        ):
+            raise ValueError(
+                f"generate: visual_mask is {given.dtype} of shape {tuple(given.shape)}, expected "
+                f"bool for input_ids of shape {tuple(input_ids.shape)}; patch the model with a "
+                "function of input_ids if prompts differ"
+            )
+        return given.to(input_ids.device).expand(input_ids.shape)
+    if visual_token_ids is None:
+        if mm_token_type_ids is not None and mm_token_type_ids.shape == input_ids.shape:
+            return (mm_token_type_ids > 0).to(input_ids.device)
+        ids = [getattr(config, name, None) for name in _VISUAL_IDS]
+        visual_token_ids = [i for i in ids if isinstance(i, int)]
+    known = torch.tensor(list(visual_token_ids), device=input_ids.device)
     return torch.isin(input_ids, known)
 
 
-def plan_selection(visual: Tensor, kv_start: Tensor | None, top_k_keys: int) -> Selection:
+def plan_selection(
+    visual: Tensor, kv_start: Tensor | None, top_k_keys: int, new_tokens: int
+) -> Selection:
     """Decide what is kept of a prompt. Reads its shape back to the host once.
 
     Args:
         visual: bool ``[B, S]``.
         kv_start: first valid position of each row, int32 ``[B]``, or None.
         top_k_keys: candidates to select per layer and KV head.
+        new_tokens: how many of the prompt's tokens prefill reads; only these can vote.
     """
     batch, length = visual.shape
     position = torch.arange(length, device=visual.device).expand(batch, -1)
@@ -74,7 +110,9 @@ def plan_selection(visual: Tensor, kv_start: Tensor | None, top_k_keys: int) -> 
     sinks = position < start + SINKS
     always = valid & (sinks | torch.where(has_visual, before | after, newest))
     observers = torch.where(has_visual, length - 1 - last, length)
-    observers = torch.minimum(observers.clamp(1, MOST_OBSERVERS), length - start)[:, 0]
+    observers = torch.minimum(observers.clamp(1, min(MOST_OBSERVERS, new_tokens)), length - start)[
+        :, 0
+    ]
     kept, seen, window = torch.stack([always.sum(1), valid.sum(1), observers]).amax(dim=1).tolist()
     width = min(kept + top_k_keys, MOST_INDICES, length)
     return Selection(

@@ -19,15 +19,18 @@ class DecodeStats:
 
     Attributes:
         fallback: why the call ran as unpatched, or None. All counts are 0 then.
-        mode: ``"lockstep"``: the rows of a batch advance together, by the smallest acceptance.
+        mode: ``"ragged"``: each row advances by its own acceptance; ``"lockstep"``: the rows of a
+            batch advance together, by the smallest.
+        lockstep_because: what asks for lockstep, or None.
         prompt_tokens: length of the padded prompt.
+        reused_tokens: those of them that the caller's cache held already.
         selected_keys: width of the draft's index list per KV head: video keys and kept text.
         rounds: dense verification passes that followed a draft.
         drafted: draft tokens proposed, summed over the rows that were not finished.
         accepted: draft tokens that were emitted, summed over the same rows.
         emitted: tokens emitted, summed over rows, each up to its own end.
         acceptance_rate: accepted / drafted, 0 where nothing was drafted.
-        mean_accepted_length: steps of generation per dense pass after prefill (1 to
+        mean_accepted_length: tokens of a row per dense pass after prefill (1 to
             draft_length + 1), as the speculative decoding literature counts it.
         draft_lengths: gamma of each round.
         draft_weights: None: drafts use the model's own weights.
@@ -39,7 +42,9 @@ class DecodeStats:
 
     fallback: str | None = None
     mode: str | None = None
+    lockstep_because: str | None = None
     prompt_tokens: int = 0
+    reused_tokens: int = 0
     selected_keys: int = 0
     rounds: int = 0
     drafted: int = 0
@@ -62,12 +67,19 @@ class DecodeStats:
             self.seconds[stage] += time.perf_counter() - start
             self.calls[stage] += 1
 
+    def settle(self, steps: int, passes: int) -> None:
+        """Work out the ratios of a call that took `passes` dense passes for `steps` tokens."""
+        self.acceptance_rate = self.accepted / max(1, self.drafted)
+        self.mean_accepted_length = steps / passes if passes else 0.0
+
     def __str__(self) -> str:
         if self.fallback is not None:
             return f"ran as unpatched: {self.fallback}"
         rows = [
             ("mode", self.mode),
+            *([("lockstep because", self.lockstep_because)] if self.lockstep_because else []),
             ("prompt tokens", self.prompt_tokens),
+            *([("of these reused", self.reused_tokens)] if self.reused_tokens else []),
             ("keys a draft reads", self.selected_keys),
             ("tokens emitted", self.emitted),
             ("rounds", self.rounds),

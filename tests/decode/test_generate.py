@@ -232,7 +232,7 @@ def test_a_cache_of_the_callers_own_is_used_as_such(make_case):
     cache = DynamicCache(config=case.model.config)
     with std_decode.patched(case.model, **PATCH):
         got = case.generate(past_key_values=cache)
-        assert "cache" in std_decode.last_stats(case.model).fallback
+        assert std_decode.last_stats(case.model).rounds > 0
     assert torch.equal(expected, got)
     assert cache.get_seq_length() == got.shape[1] - 1
 

@@ -5,22 +5,24 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from std_decode.loop import Rounds
+from std_decode.engine import Engine
 from std_decode.sampling import upcoming_noise
 from std_decode.selection import plan_selection
 from std_decode.stats import DecodeStats
 
 
-def rounds_with(layers, selection):
+def engine_with(layers, selection):
     cache = SimpleNamespace(selecting_layers=layers, layers=layers)
-    return Rounds(None, None, frozenset(), cache, selection, None, 4, True, DecodeStats())
+    return Engine(None, None, frozenset(), cache, selection, True, DecodeStats())
 
 
 def test_importance_is_the_best_share_lately():
     """Scores are shares of their round; an earlier round's fade; the largest counts."""
-    selection = plan_selection(torch.ones(1, 20, dtype=torch.bool), None, top_k_keys=2)
+    selection = plan_selection(
+        torch.ones(1, 20, dtype=torch.bool), None, top_k_keys=2, new_tokens=20
+    )
     layers = [SimpleNamespace(indices=None, scores=None) for _ in range(2)]
-    rounds = rounds_with(layers, selection)
+    engine = engine_with(layers, selection)
 
     def chosen(*scores):
         for layer in layers:
@@ -29,7 +31,7 @@ def test_importance_is_the_best_share_lately():
             layer.scores[..., 20:] = 9.0
             for position, value in scores:
                 layer.scores[..., position] = value
-        rounds.select(selection)
+        engine.select(selection)
         assert all(layer.scores is None for layer in layers)
         assert torch.equal(layers[0].indices, layers[1].indices)
         return layers[0].indices[0, 0].tolist()

@@ -2,8 +2,13 @@
 
 import pytest
 import torch
+from transformers import StoppingCriteria, StoppingCriteriaList
 
 import std_decode
+from std_decode import engine
+from std_decode.engine import Engine
+from std_decode.lockstep import Lockstep
+from std_decode.rows import Rows
 
 DRAFT_LENGTHS = (0, 1, 4, 7)
 EVERY_KEY = 10_000
@@ -64,7 +69,8 @@ def test_static_and_renewed_selection_agree(make_case):
 
 def test_buffers_grow_when_the_answer_is_longer_than_was_made_room_for(make_case, monkeypatch):
     monkeypatch.setattr("std_decode.cache.BUCKET", 16)
-    monkeypatch.setattr("std_decode.patching.MOST_NEW_TOKENS", 4)
+    monkeypatch.setattr("std_decode.generation.MOST_NEW_TOKENS", 4)
+    monkeypatch.setattr("std_decode.rows.MOST_NEW_TOKENS", 4)
     case = make_case("qwen2_vl", 1, max_new_tokens=80)
     expected = case.generate()
     with std_decode.patched(case.model, draft_length=4, top_k_keys=EVERY_KEY):
@@ -74,34 +80,58 @@ def test_buffers_grow_when_the_answer_is_longer_than_was_made_room_for(make_case
     assert stats.accepted == stats.drafted  # no growth came between a draft and its round
 
 
-@pytest.mark.parametrize("fault", ["accepts anything", "forgets to roll back", "shifts indices"])
-def test_a_fault_would_be_seen(make_case, monkeypatch, fault):
+class Never(StoppingCriteria):
+    """Does nothing, but is not one of transformers' own: the batch goes in lockstep."""
+
+    def __call__(self, input_ids, scores, **kwargs):
+        return torch.zeros(len(input_ids), dtype=torch.bool)
+
+
+LOCKSTEP = dict(stopping_criteria=StoppingCriteriaList([Never()]))
+
+
+def accept_anything(monkeypatch):
+    plain_agrees, plain_keep = Lockstep.agrees, Rows.keep
+    monkeypatch.setattr(
+        Lockstep,
+        "agrees",
+        lambda self, round, pending: (
+            plain_agrees(self, round, pending) or round.answered < round.tokens.shape[1]
+        ),
+    )
+    monkeypatch.setattr(
+        Rows,
+        "keep",
+        lambda self, tokens, agreed, limit: plain_keep(
+            self, tokens, agreed * 0 + tokens.shape[1] - 1, limit
+        ),
+    )
+
+
+def keep_one_rejected(monkeypatch):
+    plain = Engine.draft_and_verify
+
+    def late(self, pending, positions, gamma, choose, shared):
+        if self.cache.longest > self.cache.prompt:
+            self.cache.advance(1, self.cache.longest + 1)
+        return plain(self, pending, positions, gamma, choose, shared)
+
+    monkeypatch.setattr(Engine, "draft_and_verify", late)
+
+
+def shift_indices(monkeypatch):
+    plain = engine.select_topk
+    monkeypatch.setattr(engine, "select_topk", lambda *a, **k: (plain(*a, **k) - 1).clamp(0))
+
+
+@pytest.mark.parametrize("mode", ["ragged", "lockstep"])
+@pytest.mark.parametrize("fault", [accept_anything, keep_one_rejected, shift_indices])
+def test_a_fault_would_be_seen(make_case, monkeypatch, fault, mode):
     """The tests above fail when the accept rule, the rollback or the index list is broken."""
-    from std_decode import loop
-
-    if fault == "accepts anything":
-        plain = loop.Rounds.agrees
-        monkeypatch.setattr(
-            loop.Rounds,
-            "agrees",
-            lambda self, round, pending: (
-                plain(self, round, pending) or round.answered < round.tokens.shape[1]
-            ),
-        )
-    elif fault == "forgets to roll back":
-        plain = loop.Rounds.draft_and_verify
-
-        def keep_one_rejected(self, inputs):
-            self.cache.length += self.round is not None and self.round.answered < 5
-            return plain(self, inputs)
-
-        monkeypatch.setattr(loop.Rounds, "draft_and_verify", keep_one_rejected)
-    else:
-        plain = loop.select_topk
-        monkeypatch.setattr(loop, "select_topk", lambda *a, **k: (plain(*a, **k) - 1).clamp(0))
+    fault(monkeypatch)
     same, accepted = [], []
     for seed in range(4):
-        case = make_case("llama", seed)
+        case = make_case("llama", seed, **(LOCKSTEP if mode == "lockstep" else {}))
         expected = case.generate()
         few = dict(draft_length=4, top_k_keys=4)
         with std_decode.patched(case.model, **few):
@@ -110,7 +140,8 @@ def test_a_fault_would_be_seen(make_case, monkeypatch, fault):
             case.generate()
             stats = std_decode.last_stats(case.model)
             accepted.append(stats.accepted == stats.drafted)
-    if fault == "shifts indices":  # drafts get worse, the answer must not
+    assert stats.mode == mode
+    if fault is shift_indices:  # drafts get worse, the answer must not
         assert all(same) and not any(accepted)
     else:
         assert not all(same)

@@ -188,7 +188,7 @@ def test_stats_count_what_happened(make_case):
     with std_decode.patched(case.model, draft_length=3, top_k_keys=8):
         case.generate()
         stats = std_decode.last_stats(case.model)
-    assert stats.mode == "lockstep" and stats.fallback is None
+    assert stats.mode == "ragged" and stats.fallback is None and stats.lockstep_because is None
     assert stats.prompt_tokens == prompt
     assert stats.emitted == int(ends.sum())
     assert stats.rounds == len(stats.draft_lengths) == stats.calls["verify"]
@@ -196,8 +196,9 @@ def test_stats_count_what_happened(make_case):
     assert stats.calls["prefill"] == 1
     assert 0 <= stats.accepted <= stats.drafted <= 3 * sum(stats.draft_lengths)
     assert stats.acceptance_rate == stats.accepted / stats.drafted
+    # Each row takes part in the passes up to its end, and so in no more than there were.
     passes = stats.calls["verify"] + stats.calls["dense"]
-    assert stats.mean_accepted_length == (expected.shape[1] - 1) / passes
+    assert (stats.emitted - 3) / (3 * passes) <= stats.mean_accepted_length <= 4
     assert stats.peak_memory_bytes > 2**20
     assert asdict(stats)["seconds"]["verify"] > 0
     assert "acceptance rate" in str(stats)

@@ -40,7 +40,7 @@ def prompts(draw):
 @given(prompts(), st.integers(1, 200))
 def test_plan_selection(prompt, top_k_keys):
     visual, kv_start = prompt
-    plan = plan_selection(visual, kv_start, top_k_keys)
+    plan = plan_selection(visual, kv_start, top_k_keys, visual.shape[1])
     most_kept = 0
     for row, start in enumerate(kv_start.tolist()):
         always, candidates, observers = rules(visual[row].tolist(), start)
@@ -57,7 +57,7 @@ def test_plan_selection(prompt, top_k_keys):
 def test_text_beyond_the_cap_competes():
     visual = torch.zeros(1, 5000, dtype=torch.bool)
     visual[0, 2000:2100] = True
-    plan = plan_selection(visual, None, 10)
+    plan = plan_selection(visual, None, 10, 5000)
     always, candidates, observers = rules(visual[0].tolist(), 0)
     assert set(plan.always[0].nonzero()[:, 0].tolist()) == always
     assert len(always) == 4 + 2 * MOST_KEPT_TEXT and len(candidates) == 5000 - len(always)

@@ -1,0 +1,171 @@
+"""One generate call of a patched model: as unpatched, in lockstep, or ragged."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    DynamicCache,
+    GenerationConfig,
+    LogitsProcessorList,
+    PreTrainedModel,
+    StoppingCriteriaList,
+)
+from transformers.generation import GenerateDecoderOnlyOutput
+from transformers.generation.stopping_criteria import MaxLengthCriteria, StopStringCriteria
+
+from std_decode.cache import MOST_NEW_TOKENS, SparseToDenseCache
+from std_decode.eligibility import fallback_reason, left_padding, lockstep_reason, prompt_parts
+from std_decode.engine import Engine
+from std_decode.lockstep import Lockstep
+from std_decode.loop import Decoding
+from std_decode.rows import Ends, Rows
+from std_decode.sampling import Chooser, Drafter
+from std_decode.selection import plan_selection, visual_tokens
+from std_decode.stats import DecodeStats, peak_memory_bytes
+
+NOISE_WINDOW = 32  # steps that a row may be ahead of the slowest one when sampling
+
+
+def sample(
+    model: Any,
+    plain: Callable[..., Any],
+    input_ids: Tensor,
+    processors: LogitsProcessorList,
+    criteria: StoppingCriteriaList,
+    config: GenerationConfig,
+    synced_gpus: bool,
+    streamer: Any,
+    kwargs: dict[str, Any],
+) -> Any:
+    """What `plain`, the model's own ``_sample``, returns for the same arguments, sooner.
+
+    Leaves an account of the call as the patched `model`'s stats.
+    """
+    options = model._std_decode
+    reason = fallback_reason(model, input_ids, config, synced_gpus, kwargs)
+    if reason is not None:
+        options.stats = DecodeStats(fallback=reason)
+        return plain(input_ids, processors, criteria, config, synced_gpus, streamer, **kwargs)
+    given: DynamicCache = kwargs["past_key_values"]
+    engine = _engine(model, input_ids, config, kwargs)
+    stats, cache = engine.stats, engine.cache
+    kwargs["past_key_values"] = cache
+    stats.lockstep_because = lockstep_reason(input_ids, processors, criteria, config, streamer)
+    try:
+        if stats.lockstep_because is not None:
+            stats.mode = "lockstep"
+            drafter = Drafter(input_ids, processors, criteria, config)
+            rounds = Lockstep(engine, drafter, options.draft_length)
+            cache.answer = rounds
+            output = plain(
+                input_ids, processors, drafter.criteria, config, False, streamer, **kwargs
+            )
+            rounds.finish(output if isinstance(output, Tensor) else output.sequences)
+        else:
+            stats.mode = "ragged"
+            cache.answer = engine.prefill
+            rows = Rows(input_ids, _ends(criteria, config, input_ids))
+            choose = Chooser(processors, config.do_sample, _noise_window(options, len(input_ids)))
+            decoding = Decoding(engine, choose, rows, options.draft_length, streamer)
+            output = decoding.run(model, input_ids, config, kwargs)
+            if _outlives(given, config):
+                decoding.complete_cache(output)
+            if config.return_dict_in_generate:
+                output = GenerateDecoderOnlyOutput(sequences=output)
+        if _outlives(given, config):
+            cache.to_dynamic()
+        if config.return_dict_in_generate:
+            output.past_key_values = given
+        stats.peak_memory_bytes = peak_memory_bytes(input_ids.device)
+        options.stats = stats
+        return output
+    finally:
+        cache.release()
+
+
+def _outlives(cache: DynamicCache, config: GenerationConfig) -> bool:
+    """Whether someone may look at the cache after the call."""
+    return config.return_dict_in_generate or getattr(cache, "_is_user_defined", False)
+
+
+def _noise_window(options: Any, batch: int) -> int:
+    least = options.draft_length + 1
+    return least if batch == 1 else max(NOISE_WINDOW, least)
+
+
+def _ends(criteria: StoppingCriteriaList, config: GenerationConfig, input_ids: Tensor) -> Ends:
+    longest = min(c.max_length for c in criteria if isinstance(c, MaxLengthCriteria))
+    tokens = [c.eos_token_id.flatten() for c in criteria if hasattr(c, "eos_token_id")]
+    return Ends(
+        most_steps=max(1, longest - input_ids.shape[1]),  # generate never stops before the first
+        tokens=torch.cat(tokens).to(input_ids.device) if tokens else None,
+        pad=config._pad_token_tensor.to(input_ids.device) if tokens else None,
+        strings=tuple(c for c in criteria if isinstance(c, StopStringCriteria)),
+    )
+
+
+def _engine(
+    model: PreTrainedModel, input_ids: Tensor, config: GenerationConfig, kwargs: dict[str, Any]
+) -> Engine:
+    """The passes of this call, and room for its tokens."""
+    options = model._std_decode
+    given, mask = kwargs["past_key_values"], kwargs.get("attention_mask")
+    past, new = prompt_parts(given, input_ids, mask, config)
+    kv_start = left_padding(mask)
+    selection = None
+    if options.draft_length > 0:
+        visual = visual_tokens(
+            input_ids,
+            model.config,
+            kwargs.get("mm_token_type_ids"),
+            visual_token_ids=options.visual_token_ids,
+            visual_mask=options.visual_mask,
+        )
+        if input_ids.shape[1] == new and past:
+            visual = torch.cat([_visual_past(given, past, visual), visual], dim=1)
+        given._std_decode_visual = visual
+        selection = plan_selection(visual, kv_start, options.top_k_keys, new)
+    new_tokens = min(config.max_length - input_ids.shape[1], MOST_NEW_TOKENS)
+    decoder_config = model.get_decoder().config
+    cache = SparseToDenseCache(
+        decoder_config,
+        given,
+        past + new + new_tokens + options.draft_length + 1,
+        len(input_ids),
+        input_ids.device,
+        kv_start,
+    )
+    stats = DecodeStats(
+        prompt_tokens=past + new,
+        reused_tokens=past,
+        selected_keys=selection.width if selection is not None else 0,
+    )
+    if input_ids.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(input_ids.device)
+    return Engine(
+        forward=MethodType(options.original_class.__call__, model),
+        config=decoder_config,
+        layers=options.layers,
+        cache=cache,
+        selection=selection,
+        reselect=options.reselect,
+        stats=stats,
+    )
+
+
+def _visual_past(cache: DynamicCache, past: int, like: Tensor) -> Tensor:
+    """Which tokens of the caller's cache are visual, bool ``[B, past]``.
+
+    An accelerated call leaves a note of it on the cache. Without one all count as visual: then
+    the text among them competes with the video, and the new question is what votes.
+    """
+    noted = getattr(cache, "_std_decode_visual", None)
+    if noted is None or len(noted) != len(like):
+        return like.new_ones(len(like), past)
+    noted = noted[:, :past].to(like.device)
+    return torch.nn.functional.pad(noted, (0, past - noted.shape[1]))

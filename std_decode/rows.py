@@ -1,0 +1,146 @@
+"""The text of every row of a batch, how far each has come, and when it ends."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers.generation.stopping_criteria import StopStringCriteria
+
+from std_decode.cache import MOST_NEW_TOKENS, bucket
+
+NEVER = 2**62  # the step at which a row ends that has not ended
+
+
+@dataclass(frozen=True)
+class Ends:
+    """When a row ends, as generate's built-in stopping criteria have it.
+
+    Attributes:
+        most_steps: tokens after which every row ends.
+        tokens: ids that end a row; None without such a criterion.
+        pad: what a row goes on as once it has ended; None without `tokens`: then rows go on as
+            themselves until the last one has ended.
+        strings: stop strings, none longer in tokens than the prompt.
+    """
+
+    most_steps: int
+    tokens: Tensor | None = None
+    pad: Tensor | None = None
+    strings: tuple[StopStringCriteria, ...] = ()
+
+    def __call__(self, text: Tensor, columns: Tensor) -> Tensor:
+        """Whether a row ends with the token in each of these columns, bool ``[B, T]``."""
+        ends = torch.zeros_like(columns, dtype=torch.bool)
+        if self.tokens is not None:
+            ends |= torch.isin(text.gather(1, columns), self.tokens)
+        for criterion in self.strings:
+            tail = torch.arange(1 - criterion.maximum_token_len, 1, device=text.device)
+            for t in range(columns.shape[1]):
+                ends[:, t] |= criterion(text.gather(1, columns[:, t, None] + tail), None)
+        return ends
+
+
+class Rows:
+    """Rows that advance on their own. Step t is the t-th generated token of a row, from 0.
+
+    Args:
+        input_ids: the prompt, ``[B, S]``.
+
+    Attributes:
+        text: ``[B, capacity]``: prompt, generated tokens, and behind them drafts or anything.
+        steps: tokens each row has generated, int64 ``[B]``.
+        ended: the number of them with which it ended, or `NEVER`, int64 ``[B]``.
+        at, ended_at: the same two as the host read them last.
+    """
+
+    def __init__(self, input_ids: Tensor, ends: Ends):
+        self.text, self.ends = input_ids, ends
+        self.prompt = input_ids.shape[1]
+        self.steps = torch.zeros_like(input_ids[:, 0])
+        self.ended = torch.full_like(self.steps, NEVER)
+        self.at = [0] * len(input_ids)
+        self.ended_at = [NEVER] * len(input_ids)
+
+    def reserve(self, tokens: int) -> None:
+        """Have room for `tokens` more behind every row."""
+        needed = self.prompt + max(self.at) + tokens
+        if needed > self.text.shape[1]:
+            room = self.prompt + min(self.ends.most_steps, MOST_NEW_TOKENS) + tokens
+            width = bucket(max(needed, room, self.text.shape[1] * 3 // 2))
+            self.text = F.pad(self.text, (0, width - self.text.shape[1]))
+
+    def columns(self, count: int, ahead: int = 0) -> Tensor:
+        """Where the next `count` tokens of each row go, ``[B, count]``."""
+        start = self.prompt + self.steps[:, None] + ahead
+        return start + torch.arange(count, device=start.device)
+
+    def pending(self) -> Tensor:
+        """Each row's newest token, ``[B, 1]``."""
+        return self.text.gather(1, self.columns(1, -1))
+
+    def write(self, tokens: Tensor, ahead: int = 0) -> None:
+        """Put ``[B, T]`` tokens behind each row without counting them as generated."""
+        self.text.scatter_(1, self.columns(tokens.shape[1], ahead), tokens)
+
+    def keep(self, tokens: Tensor, agreed: Tensor, limit: int) -> tuple[Tensor, Tensor]:
+        """Append each row's agreed tokens and one more, as far as the row's end and `limit`.
+
+        Args:
+            tokens: ``[B, T]``.
+            agreed: ``[B]``, less than T.
+            limit: the most steps that a row may have come to by now.
+
+        Returns:
+            How many tokens each row was given, and how many of these count as its own, not being
+            beyond its end, ``[B]`` each.
+        """
+        count = tokens.shape[1]
+        self.write(tokens)
+        given = torch.minimum(agreed + 1, (limit - self.steps).clamp(min=0))
+        going = self.ended == NEVER
+        own = torch.where(going, given, 0)
+        step = torch.arange(count, device=given.device)
+        last = self.ends(self.text, self.columns(count))
+        last |= self.steps[:, None] + step + 1 >= self.ends.most_steps
+        first = torch.where(last & (step < own[:, None]), step, count).amin(dim=1)
+        own = torch.minimum(own, first + 1)
+        self.ended = torch.where(first < count, self.steps + own, self.ended)
+        if self.ends.pad is not None:
+            given = own
+        self.steps = self.steps + given
+        return given, own
+
+    def read(self, *others: Tensor) -> list[list[int]]:
+        """Have the host know how far the rows have come; the one time in a round that it waits.
+
+        Returns:
+            The other tensors, int64 ``[B]``, read along.
+        """
+        self.at, self.ended_at, *values = torch.stack([self.steps, self.ended, *others]).tolist()
+        return values
+
+    def end(self) -> int:
+        """How many steps the batch takes, once every row has ended."""
+        return max(self.ended_at)
+
+    def going(self) -> list[int]:
+        """The rows that still need tokens."""
+        if self.ends.pad is not None:
+            return [row for row, ended in enumerate(self.ended_at) if ended == NEVER]
+        return [row for row, at in enumerate(self.at) if at < self.end()]
+
+    def most_steps_left(self) -> int:
+        """Tokens to come at most, of the row that is furthest from its end."""
+        most = min(self.end(), self.ends.most_steps)
+        return most - min(self.at[row] for row in self.going())
+
+    def sequences(self) -> Tensor:
+        """Prompt and generated tokens, ``[B, S + steps]``."""
+        text = self.text[:, : self.prompt + self.end()].clone()
+        if self.ends.pad is not None:
+            step = torch.arange(text.shape[1], device=text.device) - self.prompt
+            text = torch.where(step < self.ended[:, None], text, self.ends.pad)
+        return text
