@@ -70,7 +70,12 @@ def sample(
             stats.mode = "ragged"
             cache.answer = engine.prefill
             rows = Rows(input_ids, _ends(criteria, config, input_ids))
-            choose = Chooser(processors, config.do_sample, _noise_window(options, len(input_ids)))
+            choose = Chooser(
+                processors,
+                len(input_ids),
+                config.do_sample,
+                _noise_window(options, len(input_ids)),
+            )
             decoding = Decoding(engine, choose, rows, options.draft_length, streamer)
             output = decoding.run(model, input_ids, config, kwargs)
             if _outlives(given, config):

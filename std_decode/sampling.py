@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import copy
 
 import torch
 from torch import Tensor
@@ -61,8 +62,9 @@ class Chooser:
         noise: None for greedy decoding, and before `begin`.
     """
 
-    def __init__(self, processors: LogitsProcessorList, sample: bool, window: int):
+    def __init__(self, processors: LogitsProcessorList, batch: int, sample: bool, window: int):
         self.processors, self.sample, self.window = processors, sample, window
+        self.row_processors = [_of_row(processors, row) for row in range(batch)]
         self.reads_text = any(type(p) not in _SCORE_PROCESSORS for p in processors)
         self.noise: Noise | None = None
 
@@ -89,9 +91,8 @@ class Chooser:
                 rows.text[row : row + 1, : rows.prompt + at + ahead]
                 for row, at in enumerate(rows.at)
             ]
-            scores = torch.cat(
-                [self.processors(ids, row[None]) for ids, row in zip(prefixes, scores)]
-            )
+            each = zip(self.row_processors, prefixes, scores.split(1))
+            scores = torch.cat([process(ids, row) for process, ids, row in each])
         else:
             scores = self.processors(rows.text, scores)
         if self.noise is None:
@@ -100,6 +101,18 @@ class Chooser:
         probabilities = scores.softmax(dim=-1)
         token = (probabilities / self.noise.at(rows.steps + ahead)).argmax(dim=-1)
         return token, probabilities[:, 0].isnan()  # softmax makes a whole row NaN, or none of it
+
+
+def _of_row(processors: LogitsProcessorList, row: int) -> LogitsProcessorList:
+    """The processors as they are for one row of the batch."""
+    own = LogitsProcessorList(processors)
+    for index, processor in enumerate(processors):
+        # The one option of one value a row: where left padding ends, for the repetition penalty.
+        lengths = getattr(processor, "prompt_ignore_length", None)
+        if isinstance(lengths, Tensor):
+            own[index] = copy(processor)
+            own[index].prompt_ignore_length = lengths[row : row + 1]
+    return own
 
 
 class Noise:

@@ -61,7 +61,7 @@ def _qwen2_vl(rows: int) -> tuple[Any, dict[str, Tensor]]:
         vision_end_token_id=VISION_END,
     )
     model = Qwen2VLForConditionalGeneration(config)
-    grids = [(4 - row, 8, 8) for row in range(rows)]
+    grids = [(max(1, 4 - row), 8, 8) for row in range(rows)]
     prompts = []
     for row, (t, h, w) in enumerate(grids):
         video = [VISION_START] + [VIDEO] * (t * h * w // 4) + [VISION_END]
@@ -185,3 +185,18 @@ def make_case():
         return case
 
     return make
+
+
+@pytest.fixture(scope="session")
+def letters():
+    """A tokenizer with one letter a token, so that stop strings can be made of any tokens."""
+    from tokenizers import Regex, Tokenizer
+    from tokenizers.decoders import Fuse
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import Split
+    from transformers import PreTrainedTokenizerFast
+
+    words = {chr(97 + token): token for token in range(VOCABULARY)}
+    tokenizer = Tokenizer(WordLevel(words, unk_token="a"))
+    tokenizer.pre_tokenizer, tokenizer.decoder = Split(Regex("."), "isolated"), Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="a")

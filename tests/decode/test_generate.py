@@ -136,20 +136,11 @@ def test_a_criterion_that_ends_rows_one_by_one(make_case, eos):
     assert all(torch.equal(a, b) for a, b in zip(plain.shown, patched.shown))
 
 
-def test_stop_strings(make_case):
-    from tokenizers import Regex, Tokenizer
-    from tokenizers.decoders import Fuse
-    from tokenizers.models import WordLevel
-    from tokenizers.pre_tokenizers import Split
-    from transformers import PreTrainedTokenizerFast
-
-    letters = Tokenizer(WordLevel({chr(97 + i): i for i in range(120)}, unk_token="a"))
-    letters.pre_tokenizer, letters.decoder = Split(Regex("."), "isolated"), Fuse()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=letters, pad_token="a")
+def test_stop_strings(make_case, letters):
     case = make_case("qwen2_vl", seed=4)
     told = case.generate()[0, case.inputs["input_ids"].shape[1] :].tolist()
     stop = chr(97 + told[6]) + chr(97 + told[7])
-    expected, got, stats = both(case, stop_strings=[stop], tokenizer=tokenizer)
+    expected, got, stats = both(case, stop_strings=[stop], tokenizer=letters)
     assert expected.shape[1] == case.inputs["input_ids"].shape[1] + 8
     assert torch.equal(expected, got) and stats.rounds > 0
 
