@@ -121,7 +121,7 @@ def _attention(
             out = attend(running, layer, query, key, value, options)
             return out.transpose(1, 2).contiguous(), None
         if running.selection is not None and layer.window is None:
-            layer.scores = _score_prompt(running.cache, running.selection, query, key, options)
+            layer.weigh(_score_prompt(running.cache, running.selection, query, key, options))
     dense = _replaced_attention(module, replaced)
     return dense(module, query, key, value, attention_mask, **kwargs)
 
@@ -173,9 +173,10 @@ def _verify(
     kv_len = _on(query, running.cache.span.kv_len)
     kv_start = _on(query, running.cache.kv_start)
     if running.rescore and layer.window is None:
-        out, _, layer.scores = verify_attention_with_scores(
+        out, _, scores = verify_attention_with_scores(
             query, key, value, kv_len, layer.lse_estimate(), kv_start=kv_start, **options
         )
+        layer.weigh(scores)
         return out
     out, _ = verify_attention(
         query, key, value, kv_len, kv_start=kv_start, window=layer.window, **options

@@ -116,7 +116,7 @@ def _probe(model: PreTrainedModel, decoder: nn.Module, layers: frozenset[nn.Modu
             f"patch: {name} did not run a trial through the sparse-to-dense attention "
             f"({error}); {SUPPORTED}"
         ) from error
-    scored = [layer.window is not None or layer.scores is not None for layer in cache.layers]
+    scored = [layer.window is not None or layer.importance is not None for layer in cache.layers]
     difference = (got - expected[:, 5:]).float().abs().max() / expected.float().abs().max()
     # A wrong mask or bias is off by the order of 1; rounding, even bfloat16's, is far below.
     if not all(scored) or not difference < 0.1:

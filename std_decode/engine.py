@@ -9,15 +9,10 @@ import torch
 from torch import Tensor
 
 from std_decode.attention import Pass, Phase, attention_of
-from std_decode.cache import SparseToDenseCache
+from std_decode.cache import BufferLayer, SparseToDenseCache
 from std_decode.selection import Selection
 from std_decode.stats import DecodeStats
 from std_kernels import select_topk
-
-# Tokens per dense pass on the demo model, mean of 6 clips, gamma 4: never re-selecting, going by
-# the newest scores alone, and with this: at 1,024 video tokens and K 32 3.48, 2.27, 3.95; K 64
-# 3.51, 3.86, 4.94; K 128 3.61, 4.74, 4.94; at 128 video tokens and K 32 2.12, 2.64, 3.18.
-FADE = 0.9
 
 # What generate passes per token that a round works out for itself; the rest it hands on.
 _OWN_INPUTS = {
@@ -56,7 +51,8 @@ class Engine:
         self.forward, self.config, self.layers = forward, config, layers
         self.cache, self.selection, self.stats = cache, selection, stats
         self.reselect = reselect and selection is not None and not selection.complete
-        self.importance: Tensor | None = None  # [layers, B, Hkv, S]
+        # Layers of one device, and their importance in one tensor, [layers, B, Hkv, S].
+        self.groups: list[tuple[list[BufferLayer], Tensor]] = []
 
     def prefill(self, **inputs: Any) -> Any:
         """The prompt's (or the new question's) pass, through the model's own attention."""
@@ -141,26 +137,37 @@ class Engine:
         self.run("verify", input_ids=tokens, position_ids=positions, **shared)
 
     def select(self, selection: Selection) -> None:
-        """Pick each layer's and KV head's keys for the next drafts from the newest scores.
-
-        A key's importance is its share of the attention of the round in which it mattered most,
-        fading by `FADE` a round: what was needed lately is often needed again.
-        """
-        layers, prompt = self.cache.selecting_layers, selection.always.shape[1]
+        """Pick each layer's and KV head's keys for the next drafts, by their importance."""
         with self.stats.timed("select"):
-            scores = torch.stack([layer.scores[..., :prompt] for layer in layers])
-            importance = scores / scores.sum(dim=-1, keepdim=True).clamp(min=1e-30)
-            if self.importance is not None:
-                importance = torch.maximum(importance, FADE * self.importance)
-            self.importance = importance
-            indices = select_topk(
-                importance,
-                selection.width,
-                candidates=selection.candidates,
-                always=selection.always,
-            )
-            for layer, chosen in zip(layers, indices):
-                layer.indices, layer.scores = chosen, None
+            if not self.groups:
+                self.groups = self.group_layers()
+            for layers, importance in self.groups:
+                indices = select_topk(
+                    importance,
+                    selection.width,
+                    candidates=selection.candidates.to(importance.device),
+                    always=selection.always.to(importance.device),
+                )
+                for layer, chosen in zip(layers, indices):
+                    layer.indices = chosen
+
+    def group_layers(self) -> list[tuple[list[BufferLayer], Tensor]]:
+        by_device: dict[torch.device, list[BufferLayer]] = {}
+        for layer in self.cache.selecting_layers:
+            by_device.setdefault(layer.importance.device, []).append(layer)
+        groups = []
+        for layers in by_device.values():
+            importance = torch.stack([layer.importance for layer in layers])
+            for layer, own in zip(layers, importance):
+                layer.importance = own
+            groups.append((layers, importance))
+        return groups
+
+    @property
+    def workspace(self) -> int:
+        """Bytes that selection keeps: importance and index lists."""
+        lists = [layer.indices for layer in self.cache.layers if layer.indices is not None]
+        return sum(kept.nbytes for kept in [*lists, *(group for _, group in self.groups)])
 
     def run(self, phase: Phase, *, rescore: bool = False, **inputs: Any) -> Any:
         running = Pass(phase, self.cache, self.layers, self.selection, rescore)

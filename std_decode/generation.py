@@ -82,6 +82,8 @@ def sample(
                 decoding.complete_cache(output)
             if config.return_dict_in_generate:
                 output = GenerateDecoderOnlyOutput(sequences=output)
+        stats.kv_cache_bytes = cache.nbytes
+        stats.workspace_bytes += engine.workspace
         if _outlives(given, config):
             cache.to_dynamic()
         if config.return_dict_in_generate:

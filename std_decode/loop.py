@@ -67,6 +67,7 @@ class Decoding:
         finally:
             if self.choose.noise is not None:
                 self.choose.noise.end(min(max(rows.at), rows.end()))
+                self.engine.stats.workspace_bytes += self.choose.noise.ring.nbytes
         if self.streamer is not None:
             self.streamer.end()
         self.engine.stats.settle(sum(rows.at) - len(rows.at), self.row_passes)

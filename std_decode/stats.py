@@ -36,6 +36,12 @@ class DecodeStats:
         draft_weights: None: drafts use the model's own weights.
         seconds: host wall-clock time per stage. "dense" are passes without a draft.
         calls: forward passes (for "select": selections) per stage.
+        kv_cache_bytes: the call's K/V buffers, at their capacity (they grow by bucket).
+        workspace_bytes: what else the call keeps: importance of the prompt's keys, float32
+            ``[B, Hkv, S]`` a layer; index lists, int32 ``[B, Hkv, selected_keys]`` a layer; and
+            when sampling a ring of random numbers, float32 ``[steps, B, V]`` with at most 32 steps
+            or draft_length + 1. Besides, one layer's scores, float32 ``[B, Hkv, capacity]``, come
+            and go in each verification.
         peak_memory_bytes: peak allocated on the CUDA device since the call began; on the CPU the
             peak resident size of the process so far (0 on Windows).
     """
@@ -56,6 +62,8 @@ class DecodeStats:
     draft_weights: str | None = None
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STAGES, 0.0))
     calls: dict[str, int] = field(default_factory=lambda: dict.fromkeys(STAGES, 0))
+    kv_cache_bytes: int = 0
+    workspace_bytes: int = 0
     peak_memory_bytes: int = 0
 
     @contextmanager
@@ -87,10 +95,16 @@ class DecodeStats:
             ("acceptance rate", f"{self.acceptance_rate:.1%}"),
             ("tokens per dense pass", f"{self.mean_accepted_length:.2f}"),
             *((f"{s} (x{self.calls[s]})", f"{self.seconds[s]:.3f} s") for s in STAGES),
-            ("peak memory", f"{self.peak_memory_bytes / 2**20:.0f} MiB"),
+            ("KV cache", _mebibytes(self.kv_cache_bytes)),
+            ("workspace", _mebibytes(self.workspace_bytes)),
+            ("peak memory", _mebibytes(self.peak_memory_bytes)),
         ]
         width = max(len(name) for name, _ in rows)
         return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+
+
+def _mebibytes(count: int) -> str:
+    return f"{count / 2**20:.1f} MiB"
 
 
 def peak_memory_bytes(device: torch.device) -> int:

@@ -5,15 +5,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from std_decode.cache import BufferLayer
 from std_decode.engine import Engine
 from std_decode.sampling import upcoming_noise
 from std_decode.selection import plan_selection
 from std_decode.stats import DecodeStats
-
-
-def engine_with(layers, selection):
-    cache = SimpleNamespace(selecting_layers=layers, layers=layers)
-    return Engine(None, None, frozenset(), cache, selection, True, DecodeStats())
 
 
 def test_importance_is_the_best_share_lately():
@@ -21,18 +17,20 @@ def test_importance_is_the_best_share_lately():
     selection = plan_selection(
         torch.ones(1, 20, dtype=torch.bool), None, top_k_keys=2, new_tokens=20
     )
-    layers = [SimpleNamespace(indices=None, scores=None) for _ in range(2)]
-    engine = engine_with(layers, selection)
+    cache = SimpleNamespace(prompt=0)
+    layers = cache.selecting_layers = [BufferLayer(cache, None) for _ in range(2)]
+    engine = Engine(None, None, frozenset(), cache, selection, True, DecodeStats())
 
     def chosen(*scores):
         for layer in layers:
             # Room for generated keys behind the prompt, which must not be selected.
-            layer.scores = torch.full((1, 1, 32), 1e-3)
-            layer.scores[..., 20:] = 9.0
+            newest = torch.full((1, 1, 32 if cache.prompt else 20), 1e-3)
+            newest[..., 20:] = 9.0
             for position, value in scores:
-                layer.scores[..., position] = value
+                newest[..., position] = value
+            layer.weigh(newest)
         engine.select(selection)
-        assert all(layer.scores is None for layer in layers)
+        cache.prompt = 20
         assert torch.equal(layers[0].indices, layers[1].indices)
         return layers[0].indices[0, 0].tolist()
 
