@@ -76,12 +76,12 @@ def ending(case, how, letters):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_ragged_batches_say_the_same(make_case, letters, family, rows, how):
     """With an EOS id ended rows are padded; without one they go on until the last has ended."""
-    for seed in range(3):
+    for seed in range(2):
         case = make_case(family, seed, rows, max_new_tokens=21)
         options = ending(case, how, letters)
         for do_sample in (False, True):
             expected = case.generate(do_sample=do_sample, **options)
-            for draft_length in (0, 1, 4):
+            for draft_length in (1, 4):
                 with std_decode.patched(case.model, draft_length=draft_length, top_k_keys=6):
                     got = case.generate(do_sample=do_sample, **options)
                     assert std_decode.last_stats(case.model).mode == "ragged"
@@ -170,8 +170,8 @@ def test_a_row_does_not_wait_for_another_that_rejects(make_case, monkeypatch):
 def test_ragged_takes_fewer_rounds_than_lockstep(make_case):
     """On batches whose rows accept unequally by themselves."""
     rounds = {"ragged": 0, "lockstep": 0}
-    for seed in range(4):
-        case = make_case("qwen2_vl", seed, rows=4, max_new_tokens=40)
+    for seed in range(3):
+        case = make_case("qwen2_vl", seed, rows=4, max_new_tokens=30)
         expected = case.generate()
         watch = dict(logits_processor=LogitsProcessorList([Watches()]))
         for options in ({}, watch):
