@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+
+import std_decode
+from tests.decode.margin import behind_best, near_ties
 
 VOCABULARY, VIDEO, IMAGE, VISION_START, VISION_END, PAD = 120, 101, 102, 103, 104, 0
 TEXT = dict(
@@ -24,7 +28,6 @@ TEXT = dict(
     # Wide, so that the two best tokens are rarely close and attention is far from uniform.
     initializer_range=0.2,
 )
-MARGIN = 1e-4  # of log-probability (plus noise): below it float32 rounding may decide
 
 
 def _words(count: int) -> list[int]:
@@ -140,33 +143,35 @@ class Case:
         torch.manual_seed(self.seed)
         return self.model.generate(**self.inputs, **{**self.options, **options})
 
-    def margin(self, step: int, row: int, **options: Any) -> float:
-        """How far the unpatched model's best token of a step was ahead of its second best."""
+    def behind(self, **options: Any) -> Callable[[int], Tensor]:
+        """`behind_best` by step, of the unpatched model that the case must be by now."""
+        assert not std_decode.is_patched(self.model), "a patched model cannot be its own judge"
         full = self.generate(**options, return_dict_in_generate=True, output_scores=True)
-        value = full.scores[step].log_softmax(-1)
+        noise = None
         if {**self.options, **options}.get("do_sample"):
             torch.manual_seed(self.seed)
-            draws = [torch.empty_like(value).exponential_(1) for _ in range(step + 1)]
-            value = value - draws[-1].log()
-        best = value[row].topk(2).values
-        return float(best[0] - best[1])
+            noise = [torch.empty_like(scores).exponential_(1) for scores in full.scores]
+        return lambda step: behind_best(full.scores[step], noise and noise[step])
 
-    def assert_same_tokens(self, expected: Tensor, got: Tensor, **options: Any) -> None:
-        """Fail unless the tokens are equal up to a step that rounding alone may have decided.
+    def assert_same_tokens(
+        self, expected: Tensor, got: Tensor, **options: Any
+    ) -> set[tuple[int, int]]:
+        """Fail on any difference but one that rounding may have decided, see `near_ties`.
 
-        The model must be unpatched by now. Feeding T tokens at once rounds differently from
-        feeding them one by one, so a choice between two tokens that are closer than `MARGIN` may
-        fall either way, and after it the texts may differ. Nothing else may.
+        `options` are those of the generate calls that gave the tokens.
         """
         if torch.equal(expected, got):
-            return
-        prompt = self.inputs["input_ids"].shape[1]
-        width = min(expected.shape[1], got.shape[1])
-        differs = (expected[:, :width] != got[:, :width]).nonzero()
-        assert len(differs), f"lengths differ: {expected.shape[1]} and {got.shape[1]}"
-        row, column = differs[differs[:, 1].argmin()].tolist()
-        margin = self.margin(column - prompt, row, **options)
-        assert margin < MARGIN, f"row {row}, token {column} differs, at a margin of {margin:.2g}"
+            return set()
+        chosen = {**self.options, **options}
+        ends = chosen.get("eos_token_id") or []
+        return near_ties(
+            expected,
+            got,
+            self.inputs["input_ids"].shape[1],
+            self.behind(**options),
+            ends=ends if isinstance(ends, list) else [ends],
+            pad=chosen.get("pad_token_id"),
+        )
 
 
 @pytest.fixture

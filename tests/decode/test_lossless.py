@@ -23,13 +23,16 @@ def test_same_tokens_as_unpatched(make_case, family, rows, seed):
     case = make_case(family, seed, rows, eos=rows > 1)
     for do_sample in (False, True):
         expected = case.generate(do_sample=do_sample)
+        ties = set()
         for draft_length in DRAFT_LENGTHS:
             for top_k_keys in (4, EVERY_KEY):
                 options = dict(draft_length=draft_length, top_k_keys=top_k_keys)
                 with std_decode.patched(case.model, **options):
                     got = case.generate(do_sample=do_sample)
                     assert std_decode.last_stats(case.model).fallback is None
-                case.assert_same_tokens(expected, got, do_sample=do_sample)
+                ties |= case.assert_same_tokens(expected, got, do_sample=do_sample)
+        # One token in 1e5 is such a tie, and here are at most 48: two would be no coincidence.
+        assert len(ties) <= 1
 
 
 @pytest.mark.parametrize("do_sample", [False, True])

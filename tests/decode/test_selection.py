@@ -5,23 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import LlavaOnevisionConfig, Qwen2VLConfig
 
-from std_decode.selection import MOST_KEPT_TEXT, plan_selection, visual_tokens
-
-
-def rules(visual, start):
-    """(always, candidates, observers) of one row, as the docstrings put it."""
-    length = len(visual)
-    valid = range(start, length)
-    shown = [n for n in valid if visual[n]]
-    always = set(valid[:4])
-    if shown:
-        always |= set([n for n in valid if n < shown[0]][-MOST_KEPT_TEXT:])
-        always |= set([n for n in valid if n > shown[-1]][-MOST_KEPT_TEXT:])
-        observers = min(64, max(1, length - 1 - shown[-1]))
-    else:
-        always |= set(valid[-64:])
-        observers = min(64, len(valid))
-    return always, set(valid) - always, observers
+from std_decode.selection import plan_selection, visual_tokens
+from tests.decode.rules import rules
 
 
 @st.composite
@@ -60,7 +45,7 @@ def test_text_beyond_the_cap_competes():
     plan = plan_selection(visual, None, 10, 5000)
     always, candidates, observers = rules(visual[0].tolist(), 0)
     assert set(plan.always[0].nonzero()[:, 0].tolist()) == always
-    assert len(always) == 4 + 2 * MOST_KEPT_TEXT and len(candidates) == 5000 - len(always)
+    assert len(always) == 4 + 2 * 1024 and len(candidates) == 5000 - len(always)
     assert int(plan.observers) == observers == 64
 
 
