@@ -41,14 +41,14 @@ class Pass:
     """One forward pass, as its attention layers need to know it.
 
     Attributes:
-        layers: the attention modules that take part.
+        layers: the attention modules that take part, by `layer_idx`.
         selection: None where nothing will be drafted, hence nothing is scored.
         rescore: whether verification hands out scores for a new selection.
     """
 
     phase: Phase
     cache: SparseToDenseCache
-    layers: frozenset[nn.Module]
+    layers: dict[int, nn.Module]
     selection: Selection | None = None
     rescore: bool = False
 
@@ -102,6 +102,11 @@ def _mask(*, replaced: str, kv_offset: int = 0, **kwargs):
     return AttentionMaskInterface._global_mapping[replaced](kv_offset=kv_offset, **kwargs)
 
 
+@torch.compiler.assume_constant_result  # a step is compiled anew for each Pass
+def _current() -> Pass | None:
+    return _running.get()
+
+
 def _attention(
     module: nn.Module,
     query: Tensor,
@@ -112,8 +117,8 @@ def _attention(
     replaced: str,
     **kwargs,
 ) -> tuple[Tensor, Tensor | None]:
-    running = _running.get()
-    if running is not None and module in running.layers:
+    running = _current()
+    if running is not None and running.layers.get(getattr(module, "layer_idx", -1)) is module:
         layer = running.cache.layers[module.layer_idx]
         options = _options(query, kwargs)
         if running.phase != "prefill":
@@ -121,7 +126,9 @@ def _attention(
             out = attend(running, layer, query, key, value, options)
             return out.transpose(1, 2).contiguous(), None
         if running.selection is not None and layer.window is None:
-            layer.weigh(_score_prompt(running.cache, running.selection, query, key, options))
+            layer.weigh_prompt(
+                _score_prompt(running.cache, running.selection, query, key, options)
+            )
     dense = _replaced_attention(module, replaced)
     return dense(module, query, key, value, attention_mask, **kwargs)
 
@@ -163,7 +170,7 @@ def _draft(
         _on(query, running.cache.span.kv_len),
         **options,
     )
-    layer.draft_lse.append(lse)
+    layer.note_lse(lse)
     return out
 
 
@@ -174,7 +181,13 @@ def _verify(
     kv_start = _on(query, running.cache.kv_start)
     if running.rescore and layer.window is None:
         out, _, scores = verify_attention_with_scores(
-            query, key, value, kv_len, layer.lse_estimate(), kv_start=kv_start, **options
+            query,
+            key,
+            value,
+            kv_len,
+            layer.lse_estimate(query.shape[2]),
+            kv_start=kv_start,
+            **options,
         )
         layer.weigh(scores)
         return out

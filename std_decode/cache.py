@@ -33,24 +33,23 @@ class BufferLayer(CacheLayerMixin):
             draft densely: they have no selection.
         past: the layer of the caller's cache that this one goes on from, or None.
         indices: selected key positions, int32 ``[B, Hkv, K]``, ascending, padded with -1.
-        importance: what the prompt's keys compete by, float32 ``[B, Hkv, S]``; of prefill's
-            scores until the first selection.
-        draft_lse: log-sum-exp of each draft step of the round, ``[B, Hq, 1]`` each.
+        importance: what the prompt's keys compete by, float32 ``[B, Hkv, S]``.
+        lse: log-sum-exp of each draft step of the round, float32 ``[B, Hq, gamma]``.
     """
 
     is_compileable = False
     is_croppable = False  # nobody but the rounds takes tokens back
     supports_early_init = False
 
-    def __init__(self, owner: SparseToDenseCache, window: int | None, past: Any = None):
+    def __init__(self, owner: SparseToDenseCache, window: int | None):
         super().__init__()
         self.owner = owner
         self.window = window
-        self.past = past
         self.is_sliding = window is not None
-        self.indices: Tensor | None = None
+        self.past: Any = None
+        self.indices: Any = None
         self.importance: Any = None
-        self.draft_lse: list[Tensor] = []
+        self.lse: Any = None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
@@ -59,8 +58,6 @@ class BufferLayer(CacheLayerMixin):
         shape = (batch, heads, self.owner.capacity, dim)
         self.keys, self.values = key_states.new_empty(shape), value_states.new_empty(shape)
         self.is_initialized = True
-        if self.past is not None:
-            self.adopt(self.past)
 
     def adopt(self, past: Any) -> None:
         """Take over the tokens of a layer of the caller's cache."""
@@ -80,18 +77,24 @@ class BufferLayer(CacheLayerMixin):
             At prefill the prompt's keys and values, for the attention the model came with;
             afterwards the whole buffers, for ours.
         """
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        span = self.owner.span
         if self.owner.prefilling:
-            start, end = self.owner.longest, self.owner.longest + key_states.shape[2]
-            self.keys[:, :, start:end] = key_states
-            self.values[:, :, start:end] = value_states
-            return self.keys[:, :, :end], self.values[:, :, :end]
+            return self._write_prompt(key_states, value_states)
+        span = self.owner.span
         rows, slots = span.rows.to(self.device), span.slots.to(self.device)
         self.keys[rows, :, slots] = key_states.transpose(1, 2)
         self.values[rows, :, slots] = value_states.transpose(1, 2)
         return self.keys, self.values
+
+    def _write_prompt(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        if self.past is not None:
+            self.adopt(self.past)
+            self.past = None
+        start, end = self.owner.longest, self.owner.longest + key_states.shape[2]
+        self.keys[:, :, start:end] = key_states
+        self.values[:, :, start:end] = value_states
+        return self.keys[:, :, :end], self.values[:, :, :end]
 
     def grow(self, capacity: int) -> None:
         for name in ("keys", "values"):
@@ -100,6 +103,14 @@ class BufferLayer(CacheLayerMixin):
             new[:, :, : self.owner.longest] = old[:, :, : self.owner.longest]
             setattr(self, name, new)
 
+    def weigh_prompt(self, scores: Tensor) -> None:
+        """Begin with the importance that prefill's scores tell, ``[B, Hkv, S]``, used up."""
+        share = scores.div_(scores.sum(dim=-1, keepdim=True).clamp_(min=1e-30))
+        if self.importance is None:
+            self.importance = share
+        else:
+            self.importance.zero_()[..., : share.shape[-1]] = share
+
     def weigh(self, scores: Tensor) -> None:
         """Renew the importance from the newest scores ``[B, Hkv, N]``, which are used up.
 
@@ -107,20 +118,25 @@ class BufferLayer(CacheLayerMixin):
         fading by `FADE` a round: what was needed lately is often needed again. In place, because
         all layers' importance is one tensor and so is selected from in one call.
         """
-        share = scores[..., : self.owner.prompt or None]
+        share = scores[..., : self.importance.shape[-1]]
+        if self.owner.is_prompt is not None:
+            share *= self.owner.is_prompt.to(share.device)
         share /= share.sum(dim=-1, keepdim=True).clamp_(min=1e-30)
-        if self.importance is None:
-            self.importance = share
-        else:
-            torch.maximum(self.importance.mul_(FADE), share, out=self.importance)
+        torch.maximum(self.importance.mul_(FADE), share, out=self.importance)
 
-    def lse_estimate(self) -> Tensor:
-        """What the verified rows' log-sum-exp will be about, ``[B, Hq, gamma + 1]``.
+    def note_lse(self, lse: Tensor) -> None:
+        """Keep a draft step's log-sum-exp, ``[B, Hq, 1]``, as an estimate for verification."""
+        if self.lse is None:
+            self.lse = lse.new_empty(*lse.shape[:2], self.owner.most_drafts)
+        self.lse.index_copy_(2, self.owner.ahead.to(lse.device), lse)
+
+    def lse_estimate(self, count: int) -> Tensor:
+        """What the log-sum-exp of the `count` verified rows will be about, ``[B, Hq, count]``.
 
         It is that of the draft step of the same token, which saw fewer keys and is a little low.
         No draft step saw the last row: the step before it stands in.
         """
-        return torch.cat([*self.draft_lse, self.draft_lse[-1]], dim=-1)
+        return torch.cat([self.lse[..., : count - 1], self.lse[..., count - 2 : count - 1]], -1)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Length and offset of the keys to mask; the offset tells that none need masking."""
@@ -150,16 +166,24 @@ class Span:
 class SparseToDenseCache(Cache):
     """The buffers of all layers and the number of tokens of each row that are accepted.
 
+    What a pass reads and writes stays where it is between passes, and between the calls that use
+    the cache one after the other, so that a captured pass can be replayed.
+
     Args:
         config: of the text decoder; it says which layers have a sliding window.
-        template: the DynamicCache that generate made or its caller gave. The call goes on from its
-            tokens, and it gets the new ones at the end.
         capacity: tokens to make room for, rounded up to a multiple of `BUCKET`.
-        kv_start: first valid position of each row, int32 ``[B]``, or None without left padding.
+        most_drafts: gamma at most.
 
     Attributes:
+        template: the DynamicCache that generate made or its caller gave. The call goes on from its
+            tokens, and it gets the new ones at the end.
+        kv_start: first valid position of each row, int32 ``[B]``, or None without left padding.
         lengths: accepted tokens of each row, int64 ``[B]``.
         longest: the largest of them, as the host knows it.
+        ahead: drafts of this round that lie behind them, int64 ``[1]``.
+        tail_start: where the keys begin that no selection covers, int32 ``[B]``.
+        is_prompt: 1 where importance is of a key of the prompt, float32 ``[B, 1, S]``; None where
+            it is of no other.
         prefilling: until the prompt is read.
         prompt: tokens that were there when it had been.
         answer: stands in for the model in forward calls that carry this cache.
@@ -168,25 +192,35 @@ class SparseToDenseCache(Cache):
     def __init__(
         self,
         config: PreTrainedConfig,
-        template: DynamicCache,
         capacity: int,
         batch: int,
         device: torch.device,
-        kv_start: Tensor | None = None,
+        most_drafts: int = 0,
     ):
         windows = [getattr(x, "sliding_window", None) for x in DynamicCache(config=config).layers]
-        self.template = template
-        self.capacity = bucket(capacity)
-        self.kv_start = kv_start
-        self.longest = template.get_seq_length()
-        self.prefilling = True
-        past = template.layers if self.longest else [None] * len(windows)
-        super().__init__(layers=[BufferLayer(self, w, p) for w, p in zip(windows, past)])
-        self.lengths = torch.full((batch,), self.longest, device=device)
+        super().__init__(layers=[BufferLayer(self, window) for window in windows])
+        self.capacity, self.most_drafts = bucket(capacity), most_drafts
+        self.lengths = torch.zeros(batch, dtype=torch.int64, device=device)
+        self.ahead = torch.zeros(1, dtype=torch.int64, device=device)
         self.tail_start = torch.zeros(batch, dtype=torch.int32, device=device)
+        self.kv_start: Tensor | None = None
+        self.is_prompt: Tensor | None = None
         self._rows = torch.arange(batch, device=device)[:, None]
-        self.prompt = 0
         self.answer: Any = None
+
+    def start(self, template: DynamicCache, kv_start: Tensor | None = None) -> None:
+        """Begin a call that goes on from the tokens of `template`."""
+        self.template = template
+        self.longest, self.prompt = template.get_seq_length(), 0
+        self.prefilling = True
+        self.lengths.fill_(self.longest)
+        self.ahead.zero_()
+        if kv_start is None or self.kv_start is None:
+            self.kv_start = kv_start
+        else:
+            self.kv_start.copy_(kv_start)
+        for index, layer in enumerate(self.layers):
+            layer.past = template.layers[index] if self.longest else None
 
     @property
     def selecting_layers(self) -> list[BufferLayer]:
@@ -197,48 +231,58 @@ class SparseToDenseCache(Cache):
         """Of the buffers."""
         return sum(layer.keys.nbytes + layer.values.nbytes for layer in self.layers)
 
-    def reserve(self, tokens: int) -> None:
-        """Make room for `tokens` more. What is not accepted does not survive a growth."""
-        if self.longest + tokens > self.capacity:
-            self.capacity = bucket(max(self.longest + tokens, self.capacity * 3 // 2))
-            for layer in self.layers:
-                layer.grow(self.capacity)
+    def reserve(self, tokens: int) -> bool:
+        """Make room for `tokens` more. What is not accepted does not survive a growth.
 
-    def expect(self, tokens: int, ahead: int = 0) -> None:
+        Returns:
+            Whether the buffers had to grow, and are elsewhere now.
+        """
+        if self.longest + tokens <= self.capacity:
+            return False
+        self.capacity = bucket(max(self.longest + tokens, self.capacity * 3 // 2))
+        for layer in self.layers:
+            layer.grow(self.capacity)
+        return True
+
+    def expect(self, tokens: int) -> None:
         """Say that the next pass brings each row `tokens` tokens, `ahead` past its accepted."""
-        start = self.lengths[:, None] + ahead
+        start = (self.lengths + self.ahead)[:, None]
         slots = start + torch.arange(tokens, device=start.device)
         self.span = Span((start[:, 0] + tokens).int(), self._rows, slots)
 
     def advance(self, tokens: int | Tensor, longest: int) -> None:
         """Accept `tokens` more, ``[B]`` or of every row; the longest row has `longest` then."""
-        self.lengths = self.lengths + tokens
+        self.lengths += tokens
         self.longest = longest
 
     def rewind(self, length: int) -> None:
         """Forget every row's tokens from `length` on."""
-        self.lengths = self.lengths.clamp(max=length)
+        self.lengths.clamp_(max=length)
         self.longest = length
 
     def finish_prefill(self, new_tokens: int) -> None:
         self.advance(new_tokens, self.longest + new_tokens)
         self.tail_start.copy_(self.lengths)
         self.prompt = self.longest
+        if self.is_prompt is not None:
+            self.is_prompt.zero_()[..., : self.prompt] = 1
         self.prefilling = False
 
-    def to_dynamic(self) -> DynamicCache:
-        """Put the tokens into the DynamicCache, as plain decoding leaves it. Call it last.
+    def to_dynamic(self, *, keep: bool) -> None:
+        """Put the tokens into the DynamicCache, as plain decoding leaves it.
 
-        Layer by layer, so that no more than one layer is in memory twice.
+        Args:
+            keep: whether the buffers are needed again; else each goes as it is done with, so that
+                no more than one layer is in memory twice.
         """
         for index, layer in enumerate(self.layers):
             known = 0
-            if self.template.layers and index < len(self.template.layers):
+            if index < len(self.template.layers):
                 known = self.template.layers[index].get_seq_length()
             new = slice(known, self.longest)
             self.template.update(layer.keys[:, :, new], layer.values[:, :, new], index)
-            layer.keys = layer.values = None
-        return self.template
+            if not keep:
+                layer.keys = layer.values = None
 
     def release(self) -> None:
         """Drop the buffers now: cache, layers and engine refer to each other in a circle."""

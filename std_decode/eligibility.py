@@ -40,8 +40,8 @@ _STREAMERS = {type(None), TextStreamer, TextIteratorStreamer, AsyncTextIteratorS
 _POSITION_DEPENDENT_ROPE = {"dynamic", "longrope"}
 
 
-def attention_layers(model: PreTrainedModel) -> frozenset[nn.Module]:
-    """The attention modules of `model`'s text decoder, once it is known to be eligible.
+def attention_layers(model: PreTrainedModel) -> dict[int, nn.Module]:
+    """The attention modules of `model`'s text decoder, by `layer_idx`, once it is known eligible.
 
     Raises:
         TypeError: `model` is no generative transformers model.
@@ -67,18 +67,19 @@ def attention_layers(model: PreTrainedModel) -> frozenset[nn.Module]:
     cache_types = {type(layer) for layer in DynamicCache(config=config).layers}
     types |= {t.__name__ for t in cache_types - _LAYERS}
     if types or getattr(config, "attention_chunk_size", None) is not None:
-        found = ", ".join(sorted(types)) or "chunked attention"
-        raise NotImplementedError(f"patch: {name} has layers of type {found}; {SUPPORTED}")
-    layers = frozenset(
+        kinds = ", ".join(sorted(types)) or "chunked attention"
+        raise NotImplementedError(f"patch: {name} has layers of type {kinds}; {SUPPORTED}")
+    found = [
         module
         for module in decoder.modules()
         if isinstance(getattr(module, "layer_idx", None), int)
         and getattr(module, "is_causal", False)
         and getattr(module, "config", None) is config
-    )
-    if sorted(layer.layer_idx for layer in layers) != list(range(config.num_hidden_layers)):
+    ]
+    layers: dict[int, nn.Module] = {module.layer_idx: module for module in found}
+    if sorted(module.layer_idx for module in found) != list(range(config.num_hidden_layers)):
         raise NotImplementedError(
-            f"patch: {name} has {len(layers)} causal attention modules for "
+            f"patch: {name} has {len(found)} causal attention modules for "
             f"{config.num_hidden_layers} decoder layers, expected one each; {SUPPORTED}"
         )
     _probe(model, decoder, layers)
@@ -86,7 +87,7 @@ def attention_layers(model: PreTrainedModel) -> frozenset[nn.Module]:
 
 
 @torch.no_grad()
-def _probe(model: PreTrainedModel, decoder: nn.Module, layers: frozenset[nn.Module]) -> None:
+def _probe(model: PreTrainedModel, decoder: nn.Module, layers: dict[int, nn.Module]) -> None:
     """Run a few tokens through our attention and through the model's own, and compare.
 
     Additive biases, cross-attention, unequal K and V head dims and whatever else a configuration
@@ -97,7 +98,8 @@ def _probe(model: PreTrainedModel, decoder: nn.Module, layers: frozenset[nn.Modu
     ids = torch.arange(9, device=device)[None] % decoder.config.get_text_config().vocab_size
     positions = torch.arange(9, device=device)[None]
     expected = decoder(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state
-    cache = SparseToDenseCache(decoder.config, DynamicCache(), 9, batch=1, device=device)
+    cache = SparseToDenseCache(decoder.config, 9, batch=1, device=device)
+    cache.start(DynamicCache())
     selection = plan_selection(torch.zeros_like(ids[:, :5], dtype=torch.bool), None, 1, 5)
     try:
         phases: list[tuple[Phase, int, int]] = [("prefill", 0, 5), ("verify", 5, 9)]

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import DynamicCache
 
 from std_decode.attention import Pass, Phase, attention_of
 from std_decode.cache import BufferLayer, SparseToDenseCache
+from std_decode.graphs import Graphs
 from std_decode.selection import Selection
 from std_decode.stats import DecodeStats
 from std_kernels import select_topk
@@ -27,39 +29,78 @@ def shared_inputs(inputs: dict[str, Any]) -> dict[str, Any]:
 
 
 class Engine:
-    """Runs one generate call's passes over its cache.
+    """Runs the passes of one generate call at a time over its cache.
 
     Args:
-        forward: the unpatched model's forward call.
         config: of the text decoder, whose attention is switched for the length of a pass.
-        layers: the decoder's attention modules.
-        cache: before prefill.
-        selection: the rules of this prompt; None where nothing will be drafted.
+        layers: the decoder's attention modules, by `layer_idx`.
+        cache: see `SparseToDenseCache`.
         reselect: whether each verification renews the selection.
+        graphs: captured passes; None where every pass runs as it is.
     """
 
     def __init__(
         self,
-        forward: Callable[..., Any],
         config: Any,
-        layers: frozenset,
+        layers: dict[int, nn.Module],
         cache: SparseToDenseCache,
-        selection: Selection | None,
         reselect: bool,
-        stats: DecodeStats,
+        graphs: Graphs | None = None,
     ):
-        self.forward, self.config, self.layers = forward, config, layers
-        self.cache, self.selection, self.stats = cache, selection, stats
-        self.reselect = reselect and selection is not None and not selection.complete
-        # Layers of one device, and their importance in one tensor, [layers, B, Hkv, S].
-        self.groups: list[tuple[list[BufferLayer], Tensor]] = []
+        self.config, self.layers = config, layers
+        self.cache, self.graphs = cache, graphs
+        self.wants_reselection = reselect
+        # Layers of one device, their importance in one tensor, and their index lists in another,
+        # [layers, B, Hkv, S] and [layers, B, Hkv, K].
+        self.groups: list[tuple[list[BufferLayer], Tensor, Tensor]] = []
+        self.inputs: dict[Hashable, tuple[Tensor, Tensor]] = {}  # of captured passes
+        # With graphs, what the shapes of captured passes follow from, beside the cache.
+        self.key: Hashable = None
+        self.columns, self.width = cache.capacity, 0  # of importance and of index lists
+        if graphs is not None:
+            cache.is_prompt = cache.lengths.new_zeros(
+                len(cache.lengths), 1, self.columns, dtype=torch.float32
+            )
+
+    def fits(self, key: Hashable, prompt: int, room: int) -> bool:
+        """Whether a call of such shapes can use this engine's buffers and captured passes."""
+        return key == self.key and prompt <= self.columns and room <= self.cache.capacity
+
+    def finish(self) -> None:
+        """Let go of a call's own objects; the buffers stay for the next."""
+        self.cache.answer = self.cache.template = None
+        del self.forward, self.selection, self.stats
+
+    def start(
+        self,
+        forward: Callable[..., Any],
+        template: DynamicCache,
+        kv_start: Tensor | None,
+        selection: Selection | None,
+        stats: DecodeStats,
+    ) -> None:
+        """Begin a generate call.
+
+        Args:
+            forward: the unpatched model's forward call.
+            template: see `SparseToDenseCache`.
+            kv_start: first valid position of each row, int32 ``[B]``, or None.
+            selection: the rules of the prompt; None where nothing will be drafted.
+            stats: of this call.
+        """
+        self.forward, self.selection, self.stats = forward, selection, stats
+        self.reselects = (
+            self.wants_reselection and selection is not None and not selection.complete
+        )
+        self.cache.start(template, kv_start)
 
     def prefill(self, **inputs: Any) -> Any:
         """The prompt's (or the new question's) pass, through the model's own attention."""
         new = inputs["input_ids"].shape[1]
         self.cache.expect(new)
         with self.stats.timed("prefill"):
-            outputs = self.run("prefill", **inputs)
+            running = Pass("prefill", self.cache, self.layers, self.selection)
+            outputs = self.run(running, inputs)
         self.cache.finish_prefill(new)
         if self.selection is not None:
             self.select(self.selection)
@@ -87,13 +128,14 @@ class Engine:
             The pending token and the drafts after it, ``[B, gamma + 1]``, and the dense model's
             logits after each of them, ``[B, gamma + 1, V]``.
         """
-        self.cache.reserve(gamma + 1)
+        if self.cache.reserve(gamma + 1) and self.graphs is not None:
+            self.graphs.clear()
         tokens = self.draft(pending, positions, gamma, choose, shared)
         logits = self.verify(tokens, positions, shared)
         if gamma:
             self.stats.rounds += 1
             self.stats.draft_lengths.append(gamma)
-            if self.reselect and self.selection is not None:
+            if self.reselects and self.selection is not None:
                 self.select(self.selection)
         return tokens, logits
 
@@ -106,71 +148,105 @@ class Engine:
         shared: dict[str, Any],
     ) -> Tensor:
         """The pending token and `gamma` more, by sparse attention, ``[B, gamma + 1]``."""
-        for layer in self.cache.layers:
-            layer.draft_lse.clear()
         tokens = [pending]
         for step in range(gamma):
             with self.stats.timed("draft"):
-                self.cache.expect(1, ahead=step)
                 here = positions[..., step : step + 1]
-                outputs = self.run("draft", input_ids=tokens[-1], position_ids=here, **shared)
-                tokens.append(choose(outputs.logits[:, -1], step)[:, None])
+                logits = self.step("draft", tokens[-1], here, shared)
+                tokens.append(choose(logits[:, -1], step)[:, None])
+                self.cache.ahead += 1
+        self.cache.ahead.zero_()
         return torch.cat(tokens, dim=1)
 
     def verify(self, tokens: Tensor, positions: Tensor, shared: dict[str, Any]) -> Tensor:
         """The dense model's logits after each of the tokens, ``[B, T, V]``."""
-        count = tokens.shape[1]
-        with self.stats.timed("verify" if count > 1 else "dense"):
-            self.cache.expect(count)
-            return self.run(
-                "verify",
-                rescore=self.reselect and count > 1,
-                input_ids=tokens,
-                position_ids=positions,
-                **shared,
-            ).logits
+        drafted = tokens.shape[1] > 1
+        with self.stats.timed("verify" if drafted else "dense"):
+            return self.step("verify", tokens, positions, shared, self.reselects and drafted)
 
     def read(self, tokens: Tensor, positions: Tensor, shared: dict[str, Any]) -> None:
         """Put the keys and values of tokens ``[B, T]`` behind each row."""
         self.cache.reserve(tokens.shape[1])
+        self.compute("verify", tokens, positions, shared)
+
+    def step(
+        self,
+        phase: Phase,
+        tokens: Tensor,
+        positions: Tensor,
+        shared: dict[str, Any],
+        rescore: bool = False,
+    ) -> Tensor:
+        """A pass's logits ``[B, T, V]``, by replaying it where it is captured.
+
+        They may be overwritten by the next pass.
+        """
+        if self.graphs is None or not self.capturable(shared):
+            return self.compute(phase, tokens, positions, shared, rescore)
+        key = (phase, tokens.shape, positions.shape, rescore, *sorted(shared.items()))
+        if key not in self.inputs:
+            self.inputs[key] = torch.empty_like(tokens), torch.empty_like(positions)
+        static = self.inputs[key]
+        static[0].copy_(tokens)
+        static[1].copy_(positions)
+        return self.graphs.run(key, lambda: self.compute(phase, *static, shared, rescore))
+
+    def capturable(self, shared: dict[str, Any]) -> bool:
+        given = [name for name, value in shared.items() if not isinstance(value, Hashable)]
+        given += [name for name, value in shared.items() if isinstance(value, Tensor)]
+        if given:
+            self.stats.eager_because = f"every step takes {', '.join(given)}"
+        return not given
+
+    def compute(
+        self,
+        phase: Phase,
+        tokens: Tensor,
+        positions: Tensor,
+        shared: dict[str, Any],
+        rescore: bool = False,
+    ) -> Tensor:
+        """A pass as it is captured: nothing in it asks the device for a value."""
         self.cache.expect(tokens.shape[1])
-        self.run("verify", input_ids=tokens, position_ids=positions, **shared)
+        running = Pass(phase, self.cache, self.layers, rescore=rescore)
+        inputs = {"input_ids": tokens, "position_ids": positions, **shared}
+        return self.run(running, inputs).logits
+
+    def run(self, running: Pass, inputs: dict[str, Any]) -> Any:
+        inputs = {**inputs, "past_key_values": self.cache, "use_cache": True, "return_dict": True}
+        with attention_of(self.config, running):
+            return self.forward(**inputs)
 
     def select(self, selection: Selection) -> None:
         """Pick each layer's and KV head's keys for the next drafts, by their importance."""
         with self.stats.timed("select"):
             if not self.groups:
-                self.groups = self.group_layers()
-            for layers, importance in self.groups:
-                indices = select_topk(
+                self.group_layers(selection)
+            for _, importance, indices in self.groups:
+                chosen = select_topk(
                     importance,
-                    selection.width,
+                    indices.shape[-1],
                     candidates=selection.candidates.to(importance.device),
                     always=selection.always.to(importance.device),
                 )
-                for layer, chosen in zip(layers, indices):
-                    layer.indices = chosen
+                indices.copy_(chosen)
 
-    def group_layers(self) -> list[tuple[list[BufferLayer], Tensor]]:
+    def group_layers(self, selection: Selection) -> None:
+        """Give the layers of each device one tensor to be selected from in one call."""
         by_device: dict[torch.device, list[BufferLayer]] = {}
         for layer in self.cache.selecting_layers:
             by_device.setdefault(layer.importance.device, []).append(layer)
-        groups = []
         for layers in by_device.values():
-            importance = torch.stack([layer.importance for layer in layers])
-            for layer, own in zip(layers, importance):
-                layer.importance = own
-            groups.append((layers, importance))
-        return groups
+            batch, heads, length = layers[0].importance.shape
+            shape = (len(layers), batch, heads)
+            importance = layers[0].importance.new_zeros(*shape, selection.always.shape[1])
+            indices = importance.new_empty(*shape, selection.width, dtype=torch.int32)
+            for layer, own, chosen in zip(layers, importance, indices):
+                own[..., :length] = layer.importance
+                layer.importance, layer.indices = own, chosen
+            self.groups.append((layers, importance, indices))
 
     @property
     def workspace(self) -> int:
         """Bytes that selection keeps: importance and index lists."""
-        lists = [layer.indices for layer in self.cache.layers if layer.indices is not None]
-        return sum(kept.nbytes for kept in [*lists, *(group for _, group in self.groups)])
-
-    def run(self, phase: Phase, *, rescore: bool = False, **inputs: Any) -> Any:
-        running = Pass(phase, self.cache, self.layers, self.selection, rescore)
-        inputs.update(past_key_values=self.cache, use_cache=True, return_dict=True)
-        with attention_of(self.config, running):
-            return self.forward(**inputs)
+        return sum(x.nbytes + y.nbytes for _, x, y in self.groups)

@@ -18,7 +18,7 @@ from transformers import (
 from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.generation.stopping_criteria import MaxLengthCriteria, StopStringCriteria
 
-from std_decode.cache import MOST_NEW_TOKENS, SparseToDenseCache
+from std_decode.cache import MOST_NEW_TOKENS
 from std_decode.eligibility import fallback_reason, left_padding, lockstep_reason, prompt_parts
 from std_decode.engine import Engine
 from std_decode.lockstep import Lockstep
@@ -85,14 +85,19 @@ def sample(
         stats.kv_cache_bytes = cache.nbytes
         stats.workspace_bytes += engine.workspace
         if _outlives(given, config):
-            cache.to_dynamic()
+            cache.to_dynamic(keep=engine.graphs is not None)
         if config.return_dict_in_generate:
             output.past_key_values = given
+        if engine.graphs is not None:
+            stats.graph_captures, stats.graph_replays = engine.graphs.take_counts()
+            stats.eager_because = stats.eager_because or engine.graphs.failure
         stats.peak_memory_bytes = peak_memory_bytes(input_ids.device)
         options.stats = stats
-        return output
-    finally:
-        cache.release()
+    except BaseException:
+        cache.release()  # whatever state it is in
+        raise
+    options.engines.put_back(engine)
+    return output
 
 
 def _outlives(cache: DynamicCache, config: GenerationConfig) -> bool:
@@ -138,31 +143,23 @@ def _engine(
         given._std_decode_visual = visual
         selection = plan_selection(visual, kv_start, options.top_k_keys, new)
     new_tokens = min(config.max_length - input_ids.shape[1], MOST_NEW_TOKENS)
-    decoder_config = model.get_decoder().config
-    cache = SparseToDenseCache(
-        decoder_config,
-        given,
-        past + new + new_tokens + options.draft_length + 1,
-        len(input_ids),
-        input_ids.device,
-        kv_start,
+    room = past + new + new_tokens + options.draft_length + 1
+    engine, eager_because = options.engines.take(
+        model, input_ids.device, len(input_ids), past + new, room, selection, kv_start
     )
+    if selection is not None and engine.graphs is not None:
+        selection = selection.padded(engine.columns, engine.width)
     stats = DecodeStats(
         prompt_tokens=past + new,
         reused_tokens=past,
         selected_keys=selection.width if selection is not None else 0,
+        eager_because=eager_because,
     )
     if input_ids.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(input_ids.device)
-    return Engine(
-        forward=MethodType(options.original_class.__call__, model),
-        config=decoder_config,
-        layers=options.layers,
-        cache=cache,
-        selection=selection,
-        reselect=options.reselect,
-        stats=stats,
-    )
+    forward = MethodType(options.original_class.__call__, model)
+    engine.start(forward, given, kv_start, selection, stats)
+    return engine
 
 
 def _visual_past(cache: DynamicCache, past: int, like: Tensor) -> Tensor:

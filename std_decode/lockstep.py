@@ -73,9 +73,13 @@ class Lockstep:
         return bool(same.all())
 
     def draft_and_verify(self, inputs: dict[str, Any]) -> Round:
-        gamma = max(0, min(self.draft_length, self.drafter.steps_left() - 1))
+        gamma, left = self.draft_length, self.drafter.steps_left()
+        if self.engine.graphs is None:  # with graphs shapes repeat, and drafts too many are cut
+            gamma = max(0, min(gamma, left - 1))
         position = inputs["position_ids"][..., -1:]
-        positions = position + torch.arange(gamma + 1, device=position.device)
+        # Drafts beyond the longest possible text are never kept, but a position table may end.
+        ahead = torch.arange(gamma + 1, device=position.device).clamp(max=max(0, left - 1))
+        positions = position + ahead
         choose = self.drafter.start(gamma)
         return Round(
             *self.engine.draft_and_verify(

@@ -75,7 +75,9 @@ class Decoding:
 
     def round(self) -> None:
         rows, cache = self.rows, self.engine.cache
-        gamma = max(0, min(self.draft_length, rows.most_steps_left() - 1))
+        gamma = self.draft_length
+        if self.engine.graphs is None:  # with graphs shapes repeat, and drafts too many are cut
+            gamma = max(0, min(gamma, rows.most_steps_left() - 1))
         self.row_passes += len(rows.going())
         self.engine.stats.drafted += gamma * len(rows.going())
         self.begin_round(gamma)

@@ -19,6 +19,7 @@ from transformers import (
 from std_decode.cache import SparseToDenseCache
 from std_decode.eligibility import attention_layers
 from std_decode.generation import sample
+from std_decode.pool import Engines
 from std_decode.selection import VisualMask
 from std_decode.stats import DecodeStats
 
@@ -33,12 +34,13 @@ class _Patch:
     """What patch leaves on a model instance, as its attribute `_std_decode`."""
 
     original_class: type
-    layers: frozenset[nn.Module]
+    layers: dict[int, nn.Module]
     top_k_keys: int
     draft_length: int
     reselect: bool
     visual_token_ids: Sequence[int] | None
     visual_mask: VisualMask | None
+    engines: Engines
     stats: DecodeStats | None = None
 
 
@@ -48,6 +50,7 @@ def patch(
     top_k_keys: int = 1024,
     draft_length: int | Literal["auto"] = "auto",
     reselect: bool = True,
+    cuda_graphs: Literal["auto"] | bool = "auto",
     visual_token_ids: Sequence[int] | None = None,
     visual_mask: VisualMask | None = None,
 ) -> Model:
@@ -65,6 +68,9 @@ def patch(
             layer and KV head, at least 1. The text around the video is read besides.
         draft_length: tokens drafted a round (gamma), 0 to 63; 0 decodes densely. "auto" is 4.
         reselect: whether each verification renews the selection, or the prompt's is kept.
+        cuda_graphs: whether decoding passes are captured and replayed on a CUDA device. The call's
+            buffers are then kept for the next call, until `unpatch`. What cannot be captured runs
+            pass by pass, and `last_stats` says why.
         visual_token_ids: token ids that stand for video or image, where the processor's
             ``mm_token_type_ids`` and the ids in the model's config do not tell.
         visual_mask: where the prompt holds video or image tokens, for prompts that ids cannot
@@ -86,7 +92,7 @@ def patch(
         configuration says. Source: Zhang et al., Sparse-to-Dense, ACL 2025,
         doi 10.18653/v1/2025.acl-short.59; re-selection from verification is an addition.
     """
-    _check_options(top_k_keys, draft_length, reselect)
+    _check_options(top_k_keys, draft_length, reselect, cuda_graphs)
     _check_visual(visual_token_ids, visual_mask)
     target = _unwrapped(model)
     if is_patched(target):
@@ -97,7 +103,14 @@ def patch(
     layers = attention_layers(target)
     gamma = AUTO_DRAFT_LENGTH if draft_length == "auto" else draft_length
     target._std_decode = _Patch(
-        type(target), layers, top_k_keys, gamma, reselect, visual_token_ids, visual_mask
+        type(target),
+        layers,
+        top_k_keys,
+        gamma,
+        reselect,
+        visual_token_ids,
+        visual_mask,
+        Engines(cuda_graphs),
     )
     target.__class__ = _patched_class(type(target))
     return model
@@ -116,6 +129,7 @@ def unpatch(model: Model) -> Model:
             "nothing to undo"
         )
     target.__class__ = target._std_decode.original_class
+    target._std_decode.engines.clear()
     del target._std_decode
     return model
 
@@ -208,7 +222,7 @@ class _SparseToDense:
         return super()._assisted_decoding(*args, **kwargs)  # type: ignore[misc]
 
 
-def _check_options(top_k_keys: Any, draft_length: Any, reselect: Any) -> None:
+def _check_options(top_k_keys: Any, draft_length: Any, reselect: Any, graphs: Any) -> None:
     for name, value in (("top_k_keys", top_k_keys), ("draft_length", draft_length)):
         wanted = "an int" + (' or "auto"' if name == "draft_length" else "")
         if name == "draft_length" and value == "auto":
@@ -227,6 +241,8 @@ def _check_options(top_k_keys: Any, draft_length: Any, reselect: Any) -> None:
         )
     if not isinstance(reselect, bool):
         raise TypeError(f"patch: reselect is {reselect!r}, expected True or False")
+    if graphs != "auto" and not isinstance(graphs, bool):
+        raise TypeError(f'patch: cuda_graphs is {graphs!r}, expected "auto", True or False')
 
 
 def _check_visual(visual_token_ids: Any, visual_mask: Any) -> None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from transformers import PreTrainedConfig
 
 SINKS = 4  # first tokens, which attention falls back on when it looks for nothing
@@ -39,6 +40,17 @@ class Selection:
     window: int
     width: int
     complete: bool
+
+    def padded(self, columns: int, width: int) -> Selection:
+        """The same with room for a longer prompt and more keys, so that shapes repeat."""
+        more = (0, columns - self.always.shape[1])
+        return replace(
+            self,
+            always=F.pad(self.always, more),
+            candidates=F.pad(self.candidates, more),
+            width=width,
+            complete=self.complete or width >= self.always.shape[1],
+        )
 
 
 VisualMask: TypeAlias = Tensor | Callable[[Tensor], Tensor]

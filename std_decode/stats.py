@@ -34,6 +34,8 @@ class DecodeStats:
             draft_length + 1), as the speculative decoding literature counts it.
         draft_lengths: gamma of each round.
         draft_weights: None: drafts use the model's own weights.
+        graph_captures, graph_replays: forward passes captured as CUDA graphs, and replayed.
+        eager_because: why passes were not captured, or None.
         seconds: host wall-clock time per stage. "dense" are passes without a draft.
         calls: forward passes (for "select": selections) per stage.
         kv_cache_bytes: the call's K/V buffers, at their capacity (they grow by bucket).
@@ -60,6 +62,9 @@ class DecodeStats:
     mean_accepted_length: float = 0.0
     draft_lengths: list[int] = field(default_factory=list)
     draft_weights: str | None = None
+    graph_captures: int = 0
+    graph_replays: int = 0
+    eager_because: str | None = None
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STAGES, 0.0))
     calls: dict[str, int] = field(default_factory=lambda: dict.fromkeys(STAGES, 0))
     kv_cache_bytes: int = 0
@@ -80,6 +85,11 @@ class DecodeStats:
         self.acceptance_rate = self.accepted / max(1, self.drafted)
         self.mean_accepted_length = steps / passes if passes else 0.0
 
+    def _graphs(self) -> str:
+        if self.eager_because is not None:
+            return f"none: {self.eager_because}"
+        return f"{self.graph_captures} captured, {self.graph_replays} replays"
+
     def __str__(self) -> str:
         if self.fallback is not None:
             return f"ran as unpatched: {self.fallback}"
@@ -95,6 +105,7 @@ class DecodeStats:
             ("acceptance rate", f"{self.acceptance_rate:.1%}"),
             ("tokens per dense pass", f"{self.mean_accepted_length:.2f}"),
             *((f"{s} (x{self.calls[s]})", f"{self.seconds[s]:.3f} s") for s in STAGES),
+            ("CUDA graphs", self._graphs()),
             ("KV cache", _mebibytes(self.kv_cache_bytes)),
             ("workspace", _mebibytes(self.workspace_bytes)),
             ("peak memory", _mebibytes(self.peak_memory_bytes)),

@@ -1,0 +1,109 @@
+"""Which engine a call gets: a new one, or, with its captured passes, that of an earlier call."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Hashable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from std_decode import graphs
+from std_decode.cache import SparseToDenseCache, bucket
+from std_decode.engine import Engine
+from std_decode.selection import MOST_INDICES, Selection
+
+
+# transformers leaves hooks that collect hidden states where a call asked for some; in other calls
+# they do nothing.
+_IDLE_HOOKS = "transformers.utils.output_capturing"
+
+
+class Engines:
+    """The engines of one patched model. At most one is kept while none is in use.
+
+    Args:
+        wanted: whether passes are captured; "auto" and True differ only in what a caller expects.
+    """
+
+    def __init__(self, wanted: Literal["auto"] | bool):
+        self.wanted = wanted
+        self.idle: Engine | None = None
+        self.lock = threading.Lock()
+
+    def take(
+        self,
+        model: Any,
+        device: torch.device,
+        batch: int,
+        prompt: int,
+        room: int,
+        selection: Selection | None,
+        kv_start: Tensor | None,
+    ) -> tuple[Engine, str | None]:
+        """An engine for one call, and why it captures no passes (None where it does).
+
+        Args:
+            model: patched.
+            device: of the prompt.
+            prompt: its length.
+            room: tokens in all, as far as can be told.
+        """
+        options = model._std_decode
+        config = model.get_decoder().config
+        reason = self._eager_because(model, device)
+        if reason is not None:
+            cache = SparseToDenseCache(config, room, batch, device, options.draft_length)
+            return Engine(config, options.layers, cache, options.reselect), reason
+        width = 0 if selection is None else min(bucket(selection.width), MOST_INDICES)
+        key: tuple = (batch, device, kv_start is None, width, torch.is_inference_mode_enabled())
+        key += (_fingerprint(model),)
+        with self.lock:
+            idle, self.idle = self.idle, None
+        if idle is not None and idle.fits(key, prompt, room):
+            return idle, None
+        del idle  # its buffers go before new ones come
+        cache = SparseToDenseCache(config, max(room, width), batch, device, options.draft_length)
+        engine = Engine(config, options.layers, cache, options.reselect, graphs.Graphs())
+        engine.key, engine.width = key, width
+        return engine, None
+
+    def put_back(self, engine: Engine) -> None:
+        """Keep the engine of a call that went well for the next one."""
+        if engine.graphs is None:
+            engine.cache.release()
+            return
+        engine.finish()
+        self.idle = engine
+
+    def clear(self) -> None:
+        self.idle = None
+
+    def __reduce__(self) -> Any:
+        return Engines, (self.wanted,)  # copies and pickles begin without an engine
+
+    def _eager_because(self, model: nn.Module, device: torch.device) -> str | None:
+        if self.wanted is False:
+            return "cuda_graphs is False"
+        layers = model._std_decode.layers.values()
+        devices = {parameter.device for layer in layers for parameter in layer.parameters()}
+        reason = graphs.unavailable(devices | {device})
+        if reason is not None:
+            return reason
+        for name, module in model.named_modules():
+            hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+            if any(getattr(hook, "__module__", None) != _IDLE_HOOKS for hook in hooks):
+                return f"a hook wants to see each pass of {name or type(module).__name__}"
+        return None
+
+
+def _fingerprint(model: nn.Module) -> Hashable:
+    """What a captured pass relies on: where the weights are, and which adapters are on."""
+    adapters = [
+        (module.disable_adapters, tuple(module.active_adapters), tuple(module.merged_adapters))
+        for module in model.modules()
+        if hasattr(module, "merged_adapters")
+    ]
+    weights = [tensor.data_ptr() for tensor in (*model.parameters(), *model.buffers())]
+    return hash((tuple(adapters), tuple(weights)))
