@@ -54,6 +54,8 @@ class Pass:
 
 
 _running: ContextVar[Pass | None] = ContextVar("std_decode_pass", default=None)
+_compiled: list[Pass | None] = [None]  # the pass that compiled code runs for
+_compiled_lock = threading.RLock()
 _switch_lock = threading.Lock()
 _switched: dict[int, tuple[int, str]] = {}  # id(config) -> passes under way, name replaced
 
@@ -79,6 +81,17 @@ def attention_of(config: PreTrainedConfig, running: Pass) -> Iterator[None]:
                 config._attn_implementation = replaced
 
 
+@contextmanager
+def compiled_for(running: Pass) -> Iterator[None]:
+    """Have compiled code inside run for this pass; one thread at a time."""
+    with _compiled_lock:
+        _compiled[0] = running
+        try:
+            yield
+        finally:
+            _compiled[0] = None
+
+
 def _registered(replaced: str) -> str:
     name = PREFIX + replaced
     AttentionInterface.register(name, partial(_attention, replaced=replaced))
@@ -102,11 +115,6 @@ def _mask(*, replaced: str, kv_offset: int = 0, **kwargs):
     return AttentionMaskInterface._global_mapping[replaced](kv_offset=kv_offset, **kwargs)
 
 
-@torch.compiler.assume_constant_result  # a step is compiled anew for each Pass
-def _current() -> Pass | None:
-    return _running.get()
-
-
 def _attention(
     module: nn.Module,
     query: Tensor,
@@ -117,7 +125,8 @@ def _attention(
     replaced: str,
     **kwargs,
 ) -> tuple[Tensor, Tensor | None]:
-    running = _current()
+    # A compiler cannot look into a ContextVar; into a list it can, and it checks what it found.
+    running: Any = _compiled[0] if torch.compiler.is_compiling() else _running.get()
     if running is not None and running.layers.get(getattr(module, "layer_idx", -1)) is module:
         layer = running.cache.layers[module.layer_idx]
         options = _options(query, kwargs)
@@ -126,9 +135,8 @@ def _attention(
             out = attend(running, layer, query, key, value, options)
             return out.transpose(1, 2).contiguous(), None
         if running.selection is not None and layer.window is None:
-            layer.weigh_prompt(
-                _score_prompt(running.cache, running.selection, query, key, options)
-            )
+            scores = _score_prompt(running.cache, running.selection, query, key, options)
+            layer.weigh_prompt(scores, query.shape[1])
     dense = _replaced_attention(module, replaced)
     return dense(module, query, key, value, attention_mask, **kwargs)
 

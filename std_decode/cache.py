@@ -103,8 +103,10 @@ class BufferLayer(CacheLayerMixin):
             new[:, :, : self.owner.longest] = old[:, :, : self.owner.longest]
             setattr(self, name, new)
 
-    def weigh_prompt(self, scores: Tensor) -> None:
+    def weigh_prompt(self, scores: Tensor, query_heads: int) -> None:
         """Begin with the importance that prefill's scores tell, ``[B, Hkv, S]``, used up."""
+        if self.lse is None:
+            self.lse = scores.new_empty(len(scores), query_heads, self.owner.most_drafts)
         share = scores.div_(scores.sum(dim=-1, keepdim=True).clamp_(min=1e-30))
         if self.importance is None:
             self.importance = share
@@ -126,8 +128,6 @@ class BufferLayer(CacheLayerMixin):
 
     def note_lse(self, lse: Tensor) -> None:
         """Keep a draft step's log-sum-exp, ``[B, Hq, 1]``, as an estimate for verification."""
-        if self.lse is None:
-            self.lse = lse.new_empty(*lse.shape[:2], self.owner.most_drafts)
         self.lse.index_copy_(2, self.owner.ahead.to(lse.device), lse)
 
     def lse_estimate(self, count: int) -> Tensor:
@@ -140,10 +140,11 @@ class BufferLayer(CacheLayerMixin):
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Length and offset of the keys to mask; the offset tells that none need masking."""
-        return self.owner.longest + query_length, 0 if self.owner.prefilling else NO_MASK
+        return self.get_seq_length() + query_length, 0 if self.owner.prefilling else NO_MASK
 
     def get_seq_length(self) -> int:
-        return self.owner.longest
+        # A captured or compiled pass must not see a number that changes from pass to pass.
+        return self.owner.longest if self.owner.prefilling else self.owner.capacity
 
     def get_max_length(self) -> int:
         return -1

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from std_decode.attention import Pass, Phase, attention_of
+from std_decode.attention import Pass, Phase, attention_of, compiled_for
 from std_decode.cache import BufferLayer, SparseToDenseCache
 from std_decode.graphs import Graphs
 from std_decode.selection import Selection
@@ -28,6 +28,14 @@ def shared_inputs(inputs: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in inputs.items() if name not in _OWN_INPUTS}
 
 
+def compile_pass(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """The same pass with its small kernels (norms, rotary, activations, residuals) fused."""
+    # Fused kernels keep more digits between operators than bfloat16 has; rounding there as plain
+    # PyTorch does keeps the choices of the unpatched model.
+    options = {"emulate_precision_casts": True}
+    return torch.compile(forward, fullgraph=True, dynamic=False, options=options)
+
+
 class Engine:
     """Runs the passes of one generate call at a time over its cache.
 
@@ -37,6 +45,7 @@ class Engine:
         cache: see `SparseToDenseCache`.
         reselect: whether each verification renews the selection.
         graphs: captured passes; None where every pass runs as it is.
+        compiles: whether drafting and verifying passes are compiled.
     """
 
     def __init__(
@@ -46,10 +55,11 @@ class Engine:
         cache: SparseToDenseCache,
         reselect: bool,
         graphs: Graphs | None = None,
+        compiles: bool = False,
     ):
         self.config, self.layers = config, layers
         self.cache, self.graphs = cache, graphs
-        self.wants_reselection = reselect
+        self.wants_reselection, self.compiles = reselect, compiles
         # Layers of one device, their importance in one tensor, and their index lists in another,
         # [layers, B, Hkv, S] and [layers, B, Hkv, K].
         self.groups: list[tuple[list[BufferLayer], Tensor, Tensor]] = []
@@ -69,7 +79,7 @@ class Engine:
     def finish(self) -> None:
         """Let go of a call's own objects; the buffers stay for the next."""
         self.cache.answer = self.cache.template = None
-        del self.forward, self.selection, self.stats
+        del self.forward, self.compiled, self.selection, self.stats
 
     def start(
         self,
@@ -89,6 +99,7 @@ class Engine:
             stats: of this call.
         """
         self.forward, self.selection, self.stats = forward, selection, stats
+        self.compiled = compile_pass(forward) if self.compiles else None
         self.reselects = (
             self.wants_reselection and selection is not None and not selection.complete
         )
@@ -215,7 +226,10 @@ class Engine:
     def run(self, running: Pass, inputs: dict[str, Any]) -> Any:
         inputs = {**inputs, "past_key_values": self.cache, "use_cache": True, "return_dict": True}
         with attention_of(self.config, running):
-            return self.forward(**inputs)
+            if self.compiled is None or running.phase == "prefill":
+                return self.forward(**inputs)
+            with compiled_for(running):
+                return self.compiled(**inputs)
 
     def select(self, selection: Selection) -> None:
         """Pick each layer's and KV head's keys for the next drafts, by their importance."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from types import MethodType
 from typing import Any
 
@@ -89,7 +90,7 @@ def sample(
         if config.return_dict_in_generate:
             output.past_key_values = given
         if engine.graphs is not None:
-            stats.graph_captures, stats.graph_replays = engine.graphs.take_counts()
+            stats = replace(stats, **engine.graphs.account())
             stats.eager_because = stats.eager_because or engine.graphs.failure
         stats.peak_memory_bytes = peak_memory_bytes(input_ids.device)
         options.stats = stats

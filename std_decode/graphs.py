@@ -8,8 +8,10 @@ are; engine.py and cache.py see to that.
 
 from __future__ import annotations
 
+import time
 import warnings
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -53,6 +55,7 @@ class Graphs:
 
     Attributes:
         captures, replays: how often each has happened.
+        seconds: that first uses and captures have taken, on the host.
         failure: what stood in the way of a capture, or None.
     """
 
@@ -60,36 +63,51 @@ class Graphs:
         self.captured: dict[Hashable, Callable[[], Tensor] | None] = {}
         self.pool: Any = None
         self.captures = self.replays = 0
+        self.seconds = 0.0
         self.failure: str | None = None
 
     def run(self, key: Hashable, step: Callable[[], Tensor]) -> Tensor:
         """The result of `step`, which is the same code over the same tensors for the same key."""
         if key not in self.captured:
             self.captured[key] = None
-            return step()
-        replay = self.captured.pop(key)
-        if replay is None:
-            if self.failure is not None:
-                self.captured[key] = None
+            with self._timed():
                 return step()
-            try:
-                replay = capture(step, self._pool())
-            except RuntimeError as error:
-                self.failure = f"a pass could not be captured ({_first_line(error)})"
-                warnings.warn(f"std_decode: {self.failure}; it runs uncaptured", stacklevel=2)
-                self.captured[key] = None
-                return step()
-            self.captures += 1
+        replay = self.captured.pop(key) or self._capture(step)
         self.captured[key] = replay  # last, as the most recently used
+        if replay is None:
+            return step()
         for oldest in list(self.captured)[:-MOST_GRAPHS]:
             del self.captured[oldest]
         self.replays += 1
         return replay()
 
-    def take_counts(self) -> tuple[int, int]:
-        """Captures and replays since the last time."""
-        counts = self.captures, self.replays
-        self.captures = self.replays = 0
+    def _capture(self, step: Callable[[], Tensor]) -> Callable[[], Tensor] | None:
+        if self.failure is not None:
+            return None
+        try:
+            with self._timed():
+                replay = capture(step, self._pool())
+        except RuntimeError as error:
+            self.failure = f"a pass could not be captured ({_first_line(error)})"
+            warnings.warn(f"std_decode: {self.failure}; it runs uncaptured", stacklevel=2)
+            return None
+        self.captures += 1
+        return replay
+
+    @contextmanager
+    def _timed(self) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds += time.perf_counter() - start
+
+    def account(self) -> dict[str, Any]:
+        """Captures, replays and seconds since the last time, as fields of the stats."""
+        counts = dict(
+            graph_captures=self.captures,
+            graph_replays=self.replays,
+            first_use_seconds=self.seconds,
+        )
+        self.captures, self.replays, self.seconds = 0, 0, 0.0
         return counts
 
     def clear(self) -> None:

@@ -51,6 +51,7 @@ def patch(
     draft_length: int | Literal["auto"] = "auto",
     reselect: bool = True,
     cuda_graphs: Literal["auto"] | bool = "auto",
+    compile: bool = False,
     visual_token_ids: Sequence[int] | None = None,
     visual_mask: VisualMask | None = None,
 ) -> Model:
@@ -71,6 +72,8 @@ def patch(
         cuda_graphs: whether decoding passes are captured and replayed on a CUDA device. The call's
             buffers are then kept for the next call, until `unpatch`. What cannot be captured runs
             pass by pass, and `last_stats` says why.
+        compile: whether passes that are captured are compiled first (``torch.compile``), so that a
+            decoder layer is some 12 kernels instead of 30 to 40. The first call then takes long.
         visual_token_ids: token ids that stand for video or image, where the processor's
             ``mm_token_type_ids`` and the ids in the model's config do not tell.
         visual_mask: where the prompt holds video or image tokens, for prompts that ids cannot
@@ -92,7 +95,7 @@ def patch(
         configuration says. Source: Zhang et al., Sparse-to-Dense, ACL 2025,
         doi 10.18653/v1/2025.acl-short.59; re-selection from verification is an addition.
     """
-    _check_options(top_k_keys, draft_length, reselect, cuda_graphs)
+    _check_options(top_k_keys, draft_length, reselect, cuda_graphs, compile)
     _check_visual(visual_token_ids, visual_mask)
     target = _unwrapped(model)
     if is_patched(target):
@@ -110,7 +113,7 @@ def patch(
         reselect,
         visual_token_ids,
         visual_mask,
-        Engines(cuda_graphs),
+        Engines(cuda_graphs, compile),
     )
     target.__class__ = _patched_class(type(target))
     return model
@@ -222,7 +225,9 @@ class _SparseToDense:
         return super()._assisted_decoding(*args, **kwargs)  # type: ignore[misc]
 
 
-def _check_options(top_k_keys: Any, draft_length: Any, reselect: Any, graphs: Any) -> None:
+def _check_options(
+    top_k_keys: Any, draft_length: Any, reselect: Any, graphs: Any, compile: Any
+) -> None:
     for name, value in (("top_k_keys", top_k_keys), ("draft_length", draft_length)):
         wanted = "an int" + (' or "auto"' if name == "draft_length" else "")
         if name == "draft_length" and value == "auto":
@@ -243,6 +248,8 @@ def _check_options(top_k_keys: Any, draft_length: Any, reselect: Any, graphs: An
         raise TypeError(f"patch: reselect is {reselect!r}, expected True or False")
     if graphs != "auto" and not isinstance(graphs, bool):
         raise TypeError(f'patch: cuda_graphs is {graphs!r}, expected "auto", True or False')
+    if not isinstance(compile, bool):
+        raise TypeError(f"patch: compile is {compile!r}, expected True or False")
 
 
 def _check_visual(visual_token_ids: Any, visual_mask: Any) -> None:

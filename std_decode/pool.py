@@ -25,10 +25,11 @@ class Engines:
 
     Args:
         wanted: whether passes are captured; "auto" and True differ only in what a caller expects.
+        compiles: whether captured passes are compiled first.
     """
 
-    def __init__(self, wanted: Literal["auto"] | bool):
-        self.wanted = wanted
+    def __init__(self, wanted: Literal["auto"] | bool, compiles: bool = False):
+        self.wanted, self.compiles = wanted, compiles
         self.idle: Engine | None = None
         self.lock = threading.Lock()
 
@@ -65,7 +66,9 @@ class Engines:
             return idle, None
         del idle  # its buffers go before new ones come
         cache = SparseToDenseCache(config, max(room, width), batch, device, options.draft_length)
-        engine = Engine(config, options.layers, cache, options.reselect, graphs.Graphs())
+        engine = Engine(
+            config, options.layers, cache, options.reselect, graphs.Graphs(), self.compiles
+        )
         engine.key, engine.width = key, width
         return engine, None
 
@@ -81,7 +84,7 @@ class Engines:
         self.idle = None
 
     def __reduce__(self) -> Any:
-        return Engines, (self.wanted,)  # copies and pickles begin without an engine
+        return Engines, (self.wanted, self.compiles)  # copies and pickles begin without an engine
 
     def _eager_because(self, model: nn.Module, device: torch.device) -> str | None:
         if self.wanted is False:

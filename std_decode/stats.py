@@ -35,6 +35,8 @@ class DecodeStats:
         draft_lengths: gamma of each round.
         draft_weights: None: drafts use the model's own weights.
         graph_captures, graph_replays: forward passes captured as CUDA graphs, and replayed.
+        first_use_seconds: part of `seconds` that went into the first run (compilation included)
+            and the capture of passes; later calls on the same patched model spend none.
         eager_because: why passes were not captured, or None.
         seconds: host wall-clock time per stage. "dense" are passes without a draft.
         calls: forward passes (for "select": selections) per stage.
@@ -64,6 +66,7 @@ class DecodeStats:
     draft_weights: str | None = None
     graph_captures: int = 0
     graph_replays: int = 0
+    first_use_seconds: float = 0.0
     eager_because: str | None = None
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STAGES, 0.0))
     calls: dict[str, int] = field(default_factory=lambda: dict.fromkeys(STAGES, 0))
@@ -88,7 +91,8 @@ class DecodeStats:
     def _graphs(self) -> str:
         if self.eager_because is not None:
             return f"none: {self.eager_because}"
-        return f"{self.graph_captures} captured, {self.graph_replays} replays"
+        counts = f"{self.graph_captures} captured, {self.graph_replays} replays"
+        return f"{counts}, {self.first_use_seconds:.2f} s for first use"
 
     def __str__(self) -> str:
         if self.fallback is not None:

@@ -189,6 +189,7 @@ def make_case():
             case.options["pad_token_id"] = PAD
         return case
 
+    make.text = TEXT
     return make
 
 

@@ -42,7 +42,7 @@ def test_replayed_passes_say_the_same(make_case, recording, family, rows, mode):
         case = make_case(family, seed, rows, eos=rows > 1, do_sample=do_sample)
         case.options.update(lockstep if mode == "lockstep" else {})
         expected = case.generate()
-        for draft_length, top_k_keys in ((0, 1), (4, 4), (4, 10_000)):
+        for draft_length, top_k_keys in ((0, 1), (4, 4)):
             options = dict(draft_length=draft_length, top_k_keys=top_k_keys)
             with std_decode.patched(case.model, **options):
                 for _ in range(3):
@@ -224,3 +224,20 @@ def test_few_graphs_live_at_a_time():
         kept.captured[key] = lambda key=key: torch.tensor(key)
     assert int(kept.run(29, lambda: None)) == 29
     assert len(kept.captured) == graphs.MOST_GRAPHS and 29 in kept.captured
+
+
+def test_two_hundred_calls_leave_nothing_behind(make_case, recording, monkeypatch):
+    monkeypatch.setattr(graphs, "capture", lambda step, pool: step)
+    case = make_case("llama", 9)
+
+    def live():
+        gc.collect()
+        return sum(isinstance(thing, torch.Tensor) for thing in gc.get_objects())
+
+    with std_decode.patched(case.model, **PATCH):
+        for call in range(200):
+            case.model.generate(case.inputs["input_ids"][:, : 20 + call % 30], max_new_tokens=4)
+            if call == 40:
+                early = live()
+        assert live() == early
+        assert std_decode.last_stats(case.model).first_use_seconds == 0

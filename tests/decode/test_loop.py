@@ -17,7 +17,7 @@ def test_importance_is_the_best_share_lately():
     selection = plan_selection(
         torch.ones(1, 20, dtype=torch.bool), None, top_k_keys=2, new_tokens=20
     )
-    cache = SimpleNamespace(prompt=0, capacity=32, is_prompt=None)
+    cache = SimpleNamespace(prompt=0, capacity=32, is_prompt=None, most_drafts=4)
     layers = cache.selecting_layers = [BufferLayer(cache, None) for _ in range(2)]
     engine = Engine(None, {}, cache, True)
     engine.stats = DecodeStats()
@@ -29,7 +29,7 @@ def test_importance_is_the_best_share_lately():
             newest[..., 20:] = 9.0
             for position, value in scores:
                 newest[..., position] = value
-            (layer.weigh if cache.prompt else layer.weigh_prompt)(newest)
+            layer.weigh(newest) if cache.prompt else layer.weigh_prompt(newest, 2)
         engine.select(selection)
         cache.prompt = 20
         assert torch.equal(layers[0].indices, layers[1].indices)

@@ -1,0 +1,60 @@
+"""Compiled passes: whole, for every family, and with few kernels."""
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounter
+
+import std_decode
+from std_decode import engine, graphs
+
+FAMILIES = ("qwen2_vl", "llava_onevision", "llama", "gemma3")
+
+
+@pytest.fixture
+def uncaptured(monkeypatch):
+    """Passes that count as captured, and run as they are."""
+    monkeypatch.setattr(graphs, "unavailable", lambda devices: None)
+    monkeypatch.setattr(graphs, "capture", lambda step, pool: step)
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize(("family", "rows"), [*((family, 1) for family in FAMILIES), ("llama", 3)])
+def test_each_pass_is_one_graph_that_is_compiled_once(
+    make_case, uncaptured, monkeypatch, family, rows
+):
+    """No break, so no host read; no recompilation from step to step, round to round or call to
+    call; the tokens of the unpatched model."""
+    counter = CompileCounter()
+    monkeypatch.setattr(
+        engine,
+        "compile_pass",
+        lambda forward: torch.compile(forward, fullgraph=True, dynamic=False, backend=counter),
+    )
+    case = make_case(family, 1, rows, max_new_tokens=24)
+    for do_sample in (False, True):
+        expected = case.generate(do_sample=do_sample)
+        with std_decode.patched(case.model, draft_length=3, top_k_keys=8, compile=True):
+            for _ in range(2):
+                got = case.generate(do_sample=do_sample)
+                case.assert_same_tokens(expected, got, do_sample=do_sample)
+                stats = std_decode.last_stats(case.model)
+                assert stats.calls["draft"] > 6 and stats.calls["verify"] > 2
+    assert counter.frame_count == 4  # draft and verify, of two patches
+
+
+def test_kernels_of_a_decoder_layer(make_case, uncaptured, monkeypatch):
+    """Norms with residuals, rotary, and SiLU times up are fused: what is left of a layer's 30 to
+    40 operators, besides the attention op, are 7 matrix products and a dozen generated kernels."""
+    from torch._inductor import metrics
+
+    counts = {}
+    for layers in (1, 2):
+        monkeypatch.setitem(make_case.text, "num_hidden_layers", layers)
+        case = make_case("qwen2_vl", 0, max_new_tokens=8)
+        expected = case.generate()
+        torch._dynamo.reset()
+        metrics.reset()
+        with std_decode.patched(case.model, draft_length=3, top_k_keys=8, compile=True):
+            case.assert_same_tokens(expected, case.generate())
+        counts[layers] = metrics.generated_kernel_count
+    assert counts[2] - counts[1] <= 2 * 13  # of a draft pass and of a verifying one
