@@ -64,11 +64,21 @@ def attention_layers(model: PreTrainedModel) -> frozenset[nn.Module]:
             f"(_supports_attention_backend is False); {SUPPORTED}"
         )
     types = set(getattr(config, "layer_types", None) or ()) - _LAYER_TYPES
-    cache_types = {type(layer) for layer in DynamicCache(config=config).layers}
-    types |= {t.__name__ for t in cache_types - _LAYERS}
+    cache_layers = DynamicCache(config=config).layers
+    types |= {type(layer).__name__ for layer in cache_layers} - {t.__name__ for t in _LAYERS}
     if types or getattr(config, "attention_chunk_size", None) is not None:
         found = ", ".join(sorted(types)) or "chunked attention"
         raise NotImplementedError(f"patch: {name} has layers of type {found}; {SUPPORTED}")
+    if len(cache_layers) != config.num_hidden_layers:
+        raise NotImplementedError(
+            f"patch: {name} has {len(cache_layers)} cache layers for {config.num_hidden_layers} "
+            f"decoder layers, expected one each; {SUPPORTED}"
+        )
+    if all(type(layer) is DynamicSlidingWindowLayer for layer in cache_layers):
+        raise NotImplementedError(
+            f"patch: {name} has sliding-window layers only, so a draft would read as much as "
+            f"dense decoding does; {SUPPORTED}"
+        )
     layers = frozenset(
         module
         for module in decoder.modules()
