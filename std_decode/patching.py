@@ -91,7 +91,7 @@ def patch(
         RuntimeError: `model` is patched already.
 
     Note:
-        Runs two forward passes of a few tokens, to see that the model's attention is what its
+        Runs four forward passes of a few tokens, to see that the model's attention is what its
         configuration says. Source: Zhang et al., Sparse-to-Dense, ACL 2025,
         doi 10.18653/v1/2025.acl-short.59; re-selection from verification is an addition.
     """

@@ -70,16 +70,19 @@ def visual_tokens(
     ids in the model's config.
 
     Raises:
+        TypeError: `visual_mask` is a function that returns no tensor.
         ValueError: `visual_mask` does not fit the prompt.
     """
     if visual_mask is not None:
         given = visual_mask(input_ids) if callable(visual_mask) else visual_mask
         batch, length = input_ids.shape
-        if given.dtype != torch.bool or given.shape not in (
-            (length,),
-            (1, length),
-            (batch, length),
-        ):
+        fits = ((length,), (1, length), (batch, length))
+        if not isinstance(given, Tensor):
+            raise TypeError(
+                f"generate: visual_mask returned {type(given).__name__}, expected a bool tensor "
+                f"for input_ids of shape {tuple(input_ids.shape)}; return one from the function"
+            )
+        if given.dtype != torch.bool or given.shape not in fits:
             raise ValueError(
                 f"generate: visual_mask is {given.dtype} of shape {tuple(given.shape)}, expected "
                 f"bool for input_ids of shape {tuple(input_ids.shape)}; patch the model with a "
