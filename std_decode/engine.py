@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -34,6 +35,13 @@ def compile_pass(forward: Callable[..., Any]) -> Callable[..., Any]:
     # PyTorch does keeps the choices of the unpatched model.
     options = {"emulate_precision_casts": True}
     return torch.compile(forward, fullgraph=True, dynamic=False, options=options)
+
+
+def _compiling(phase: Phase) -> AbstractContextManager:
+    """Tell someone at a terminal what takes so long."""
+    from rich.console import Console
+
+    return Console(stderr=True).status(f"std_decode: compiling the {phase} pass, once")
 
 
 class Engine:
@@ -195,12 +203,14 @@ class Engine:
         if self.graphs is None or not self.capturable(shared):
             return self.compute(phase, tokens, positions, shared, rescore)
         key = (phase, tokens.shape, positions.shape, rescore, *sorted(shared.items()))
-        if key not in self.inputs:
+        new = key not in self.inputs
+        if new:
             self.inputs[key] = torch.empty_like(tokens), torch.empty_like(positions)
         static = self.inputs[key]
         static[0].copy_(tokens)
         static[1].copy_(positions)
-        return self.graphs.run(key, lambda: self.compute(phase, *static, shared, rescore))
+        with _compiling(phase) if new and self.compiles else nullcontext():
+            return self.graphs.run(key, lambda: self.compute(phase, *static, shared, rescore))
 
     def capturable(self, shared: dict[str, Any]) -> bool:
         given = [name for name, value in shared.items() if not isinstance(value, Hashable)]

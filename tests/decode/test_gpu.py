@@ -1,0 +1,141 @@
+"""What only a GPU shows: real graphs, real launches, the generator of the device, bfloat16."""
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+import std_decode
+
+pytestmark = pytest.mark.gpu
+FAMILIES = ("qwen2_vl", "llava_onevision", "llama", "gemma3")
+LOCKSTEP = dict(return_dict_in_generate=True, output_scores=True)
+
+
+@pytest.fixture
+def make_gpu_case(make_case):
+    torch.backends.cuda.matmul.allow_tf32 = False
+
+    def make(*args, dtype=torch.float32, **options):
+        case = make_case(*args, **options)
+        case.model.to("cuda", dtype)
+        case.inputs = {name: value.to("cuda") for name, value in case.inputs.items()}
+        return case
+
+    return make
+
+
+def sequences(output):
+    return output if isinstance(output, torch.Tensor) else output.sequences
+
+
+@pytest.mark.parametrize("mode", ["ragged", "lockstep"])
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_same_tokens_as_unpatched(make_gpu_case, family, rows, mode):
+    """With and without graphs, drafts or none, several calls on the same graphs."""
+    for seed, do_sample in ((0, False), (1, True), (2, True)):
+        case = make_gpu_case(family, seed, rows, eos=rows > 1, do_sample=do_sample)
+        options = LOCKSTEP if mode == "lockstep" else {}
+        expected = case.generate()
+        for draft_length, top_k_keys in ((0, 1), (4, 4), (7, 10_000)):
+            for cuda_graphs in (False, True):
+                patch = dict(draft_length=draft_length, top_k_keys=top_k_keys)
+                with std_decode.patched(case.model, cuda_graphs=cuda_graphs, **patch):
+                    outputs = [sequences(case.generate(**options)) for _ in range(3)]
+                    stats = std_decode.last_stats(case.model)
+                assert stats.mode == mode and stats.fallback is None
+                assert (stats.graph_replays > 0) == cuda_graphs, stats.eager_because
+                for got in outputs:
+                    case.assert_same_tokens(expected, got)
+
+
+def test_the_generator_ends_where_it_does_unpatched(make_gpu_case):
+    case = make_gpu_case("qwen2_vl", 3, rows=3, do_sample=True)
+
+    def twice():
+        first = case.generate()
+        return first, case.model.generate(**case.inputs, **case.options)
+
+    expected, state = twice(), torch.cuda.get_rng_state()
+    with std_decode.patched(case.model, draft_length=4, top_k_keys=8):
+        got = twice()
+    assert all(map(torch.equal, expected, got))
+    assert torch.equal(state, torch.cuda.get_rng_state())
+
+
+def test_a_second_question_on_the_same_graphs(make_gpu_case):
+    case = make_gpu_case("llama", 4, max_new_tokens=12)
+    question = torch.randint(7, 99, (1, 6), device="cuda")
+
+    def ask():
+        first = case.generate(return_dict_in_generate=True)
+        ids = torch.cat([first.sequences, question], dim=1)
+        cache = first.past_key_values
+        return first.sequences, case.model.generate(ids, past_key_values=cache, max_new_tokens=12)
+
+    expected = ask()
+    with std_decode.patched(case.model, draft_length=4, top_k_keys=8):
+        for _ in range(3):
+            assert all(map(torch.equal, expected, ask()))
+        assert std_decode.last_stats(case.model).graph_replays > 0
+
+
+def test_one_synchronisation_a_round(make_gpu_case):
+    case = make_gpu_case("llama", 5, rows=2, max_new_tokens=41)
+    with std_decode.patched(case.model, draft_length=4, top_k_keys=10_000):
+        for _ in range(3):
+            case.generate()
+        counts = []
+        for most in (11, 41):
+            with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiled:
+                case.generate(max_new_tokens=most)
+            events = [e for e in profiled.events() if "Synchronize" in e.name]
+            counts.append(len([e for e in events if "Stream" in e.name]))
+            rounds = std_decode.last_stats(case.model).rounds
+        assert rounds == 8 and counts[1] - counts[0] == 6
+
+
+def test_memory_does_not_grow_from_call_to_call(make_gpu_case):
+    case = make_gpu_case("llama", 6)
+    with std_decode.patched(case.model, draft_length=4, top_k_keys=8):
+        for _ in range(3):
+            case.generate()
+        before = torch.cuda.memory_allocated()
+        for _ in range(200):
+            case.generate(max_new_tokens=4)
+        assert torch.cuda.memory_allocated() <= before
+    assert torch.cuda.memory_allocated() < before
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "llama"])
+def test_compiled_passes_say_the_same(make_gpu_case, family):
+    case = make_gpu_case(family, 7, max_new_tokens=24)
+    expected = case.generate()
+    with std_decode.patched(case.model, draft_length=4, top_k_keys=8, compile=True):
+        for _ in range(2):
+            case.assert_same_tokens(expected, case.generate())
+        stats = std_decode.last_stats(case.model)
+    assert stats.graph_replays > 0 and stats.eager_because is None
+
+
+def test_bfloat16_differs_only_near_ties(make_gpu_case, record_property):
+    """How often, and by how little, is what `bench gpu` reports from this test's properties."""
+    tokens = differing = 0
+    largest = 0.0
+    for seed in range(8):
+        case = make_gpu_case("qwen2_vl", seed, dtype=torch.bfloat16, max_new_tokens=32)
+        plain = case.generate(return_dict_in_generate=True, output_scores=True)
+        with std_decode.patched(case.model, draft_length=4, top_k_keys=8):
+            got = case.generate()[0, -32:].tolist()
+        tokens += 32
+        for step, (token, expected) in enumerate(zip(got, plain.sequences[0, -32:].tolist())):
+            if token != expected:  # what follows a difference is another text
+                scores = plain.scores[step][0].float().log_softmax(-1)
+                largest = max(largest, float(scores.max() - scores[token]))
+                differing += 1
+                break
+    record_property("bf16_tokens", tokens)
+    record_property("bf16_first_differences", differing)
+    record_property("bf16_largest_margin", largest)
+    # bfloat16 keeps 8 bits, so logits of about 10 are about 0.04 apart.
+    assert largest < 0.3
