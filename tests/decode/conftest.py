@@ -185,3 +185,19 @@ def make_case():
         return case
 
     return make
+
+
+@pytest.fixture
+def state_of():
+    """Of a model: all that patch could leave behind on it."""
+
+    def state(model: Any) -> tuple:
+        decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
+        return (
+            type(model),
+            {key: value for key, value in vars(model).items() if not key.startswith("_modules")},
+            decoder.config._attn_implementation,
+            model.config.to_dict(),
+        )
+
+    return state

@@ -7,17 +7,6 @@ from torch import nn
 import std_decode
 
 
-def state_of(model):
-    """All that patch could leave behind on a model."""
-    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
-    return (
-        type(model),
-        {key: value for key, value in vars(model).items() if not key.startswith("_modules")},
-        decoder.config._attn_implementation,
-        model.config.to_dict(),
-    )
-
-
 @pytest.mark.parametrize(
     ("options", "error", "words"),
     [
@@ -32,7 +21,7 @@ def state_of(model):
     ],
     ids=str,
 )
-def test_bad_options_name_what_was_expected(make_case, options, error, words):
+def test_bad_options_name_what_was_expected(make_case, state_of, options, error, words):
     case = make_case("llama")
     before = state_of(case.model)
     with pytest.raises(error, match=words.replace("(", r"\(")):
@@ -65,50 +54,6 @@ def test_patching_twice_and_unpatching_the_unpatched(make_case):
     assert case.model._std_decode.top_k_keys == 5
     std_decode.unpatch(case.model)
     assert not std_decode.is_patched(case.model)
-
-
-def unsupported(name):
-    import transformers
-
-    small = dict(vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=2)
-    if name == "t5":
-        config = transformers.T5Config(vocab_size=64, d_model=32, d_kv=16, d_ff=32, num_layers=2)
-        return transformers.T5ForConditionalGeneration(config)
-    if name == "bloom":  # ALiBi: an additive bias
-        config = transformers.BloomConfig(vocab_size=64, hidden_size=32, n_layer=2, n_head=2)
-        return transformers.BloomForCausalLM(config)
-    if name == "llama4":
-        config = transformers.Llama4TextConfig(
-            **small, intermediate_size=32, intermediate_size_mlp=32, num_key_value_heads=2,
-            head_dim=16, num_local_experts=2, attention_chunk_size=8,
-        )  # fmt: skip
-        return transformers.Llama4ForCausalLM(config)
-    if name == "mamba":
-        config = transformers.MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2)
-        return transformers.MambaForCausalLM(config)
-    if name == "deepseek_v3":  # K and V of different widths
-        config = transformers.DeepseekV3Config(
-            **small, intermediate_size=32, moe_intermediate_size=16, n_routed_experts=4,
-            n_group=1, topk_group=1, num_experts_per_tok=2, num_key_value_heads=2,
-            kv_lora_rank=16, q_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=16,
-            v_head_dim=8, first_k_dense_replace=1,
-        )  # fmt: skip
-        return transformers.DeepseekV3ForCausalLM(config)
-    config = transformers.LlamaConfig(
-        **{**small, "num_attention_heads": 8}, intermediate_size=32, num_key_value_heads=4,
-    )  # fmt: skip
-    return transformers.LlamaForCausalLM(config)  # head dim 4
-
-
-@pytest.mark.parametrize("name", ["t5", "bloom", "llama4", "mamba", "deepseek_v3", "narrow heads"])
-def test_unsupported_models_are_named_and_left_alone(name):
-    torch.manual_seed(0)
-    model = unsupported(name).eval()
-    before = state_of(model)
-    with pytest.raises(NotImplementedError, match="supported are") as raised:
-        std_decode.patch(model)
-    assert type(model).__name__ in str(raised.value)
-    assert state_of(model) == before
 
 
 def test_a_patched_model_looks_like_the_original(make_case):
