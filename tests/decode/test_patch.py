@@ -1,5 +1,9 @@
 """patch and unpatch: what they refuse, and that nothing is left behind when they do."""
 
+import copy
+import io
+import pickle
+
 import pytest
 import torch
 from torch import nn
@@ -17,6 +21,16 @@ import std_decode
         (dict(draft_length=64), ValueError, "draft_length is 64, expected"),
         (dict(draft_length="many"), TypeError, "draft_length is 'many', expected an int or"),
         (dict(reselect=1), TypeError, "reselect is 1, expected True or False"),
+        (
+            dict(visual_token_ids=7),
+            TypeError,
+            r"ids is 7, expected a list of ints; for one id giv",
+        ),
+        (dict(visual_token_ids=""), TypeError, "visual_token_ids is '', expected a list of int"),
+        (dict(visual_token_ids=[7, 8.0]), TypeError, "expected a list of ints"),
+        (dict(visual_token_ids=[True]), TypeError, "expected a list of ints"),
+        (dict(visual_mask=[True]), TypeError, "visual_mask is .True., expected a bool tensor"),
+        (dict(visual_mask=torch.ones(3)), TypeError, "visual_mask is torch.float32, expected a b"),
         (dict(gamma=4), TypeError, "unexpected keyword argument 'gamma'"),
     ],
     ids=str,
@@ -90,30 +104,103 @@ def test_prefill_goes_through_the_attention_the_model_had(make_case, attention):
     assert torch.equal(expected, got)
 
 
-def test_a_peft_model_is_looked_through(make_case):
+def saved_and_loaded(model):
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+COPIES = {
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda model: pickle.loads(pickle.dumps(model)),
+    "torch.save": saved_and_loaded,
+}
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2_vl"])
+@pytest.mark.parametrize("how", COPIES)
+def test_a_copy_of_a_patched_model_is_patched_and_its_own(make_case, how, family):
+    case = make_case(family, seed=1)
+    expected, original = case.generate(), case.model
+    kind = type(original)
+    std_decode.patch(original, draft_length=3, top_k_keys=8)
+    case.generate()
+    copied = COPIES[how](original)
+    assert std_decode.is_patched(copied) and isinstance(copied, kind)
+    assert copied._std_decode.layers <= set(copied.modules())
+    assert copied._std_decode.layers.isdisjoint(original._std_decode.layers)
+    std_decode.unpatch(original)
+    assert std_decode.is_patched(copied) and type(original) is kind
+    assert torch.equal(case.generate(), expected)
+    case.model = copied
+    assert torch.equal(case.generate(), expected)
+    stats = std_decode.last_stats(copied)
+    assert stats.rounds > 0 and set(stats.draft_lengths) <= {1, 2, 3}
+    std_decode.patch(original)
+    std_decode.unpatch(copied)
+    assert std_decode.is_patched(original) and type(copied) is kind
+    assert torch.equal(case.generate(), expected)
+
+
+def with_lora(model):
     from peft import LoraConfig, get_peft_model
 
-    case = make_case("qwen2_vl", seed=1)
-    plain = case.generate()
+    torch.manual_seed(0)
     lora = LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False)
-    case.model = get_peft_model(case.model, lora)
+    return get_peft_model(model, lora).eval()
+
+
+def compiled(model):
+    return torch.compile(model, backend="eager")
+
+
+WRAPPERS = {
+    "PEFT": with_lora,
+    "compiled": compiled,
+    "PEFT in PEFT": lambda model: with_lora(with_lora(model)),
+    "PEFT, compiled": lambda model: compiled(with_lora(model)),
+    "compiled, in PEFT": lambda model: with_lora(compiled(model)),
+}
+
+
+@pytest.mark.parametrize("name", WRAPPERS)
+def test_a_wrapped_model_is_looked_through(make_case, name):
+    case = make_case("qwen2_vl", seed=1)
+    plain, inner = case.generate(), case.model
+    kind = type(inner)
+    case.model = WRAPPERS[name](inner)
+    outer = type(case.model)
     expected = case.generate()
-    assert not torch.equal(plain, expected)
+    assert torch.equal(plain, expected) == ("PEFT" not in name)
     with std_decode.patched(case.model, draft_length=4, top_k_keys=8) as model:
-        assert model is case.model and std_decode.is_patched(model)
+        assert model is case.model and type(model) is outer
+        assert std_decode.is_patched(model) and std_decode.is_patched(inner)
+        with pytest.raises(RuntimeError, match=f"patch: {kind.__name__} is patched already"):
+            std_decode.patch(model)
         got = case.generate()
         assert std_decode.last_stats(model).rounds > 0
+        assert std_decode.last_stats(model) is std_decode.last_stats(inner)
     assert torch.equal(expected, got)
+    assert type(inner) is kind and not std_decode.is_patched(case.model)
 
 
-def test_a_compiled_model_is_looked_through(make_case):
+def test_a_model_compiled_in_place(make_case, monkeypatch):
+    """Its passes are those of the compiled call, which here is not compiled: that takes 20 s."""
+    passes = []
+
+    def compile(call, **_):
+        return lambda *args, **kwargs: passes.append(1) or call(*args, **kwargs)
+
     case = make_case("llama", seed=1)
     expected = case.generate()
-    case.model = torch.compile(case.model, backend="eager")
+    monkeypatch.setattr(torch, "compile", compile)
+    case.model.compile()
     with std_decode.patched(case.model, draft_length=4, top_k_keys=8):
         got = case.generate()
-        assert std_decode.last_stats(case.model).rounds > 0
+        calls = std_decode.last_stats(case.model).calls
     assert torch.equal(expected, got)
+    assert len(passes) == sum(calls.values()) - calls["select"] and calls["verify"] > 0
 
 
 def test_patched_undoes_itself_after_an_error(make_case):
