@@ -206,3 +206,19 @@ def letters():
     tokenizer = Tokenizer(WordLevel(words, unk_token="a"))
     tokenizer.pre_tokenizer, tokenizer.decoder = Split(Regex("."), "isolated"), Fuse()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="a")
+
+
+@pytest.fixture
+def state_of():
+    """Of a model: all that patch could leave behind on it."""
+
+    def state(model: Any) -> tuple:
+        decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
+        return (
+            type(model),
+            {key: value for key, value in vars(model).items() if not key.startswith("_modules")},
+            decoder.config._attn_implementation,
+            model.config.to_dict(),
+        )
+
+    return state

@@ -196,27 +196,6 @@ def test_the_generator_is_left_as_without_the_patch(make_case, rows):
     assert all(torch.equal(a, b) for a, b in zip(expected, got))
 
 
-@pytest.mark.parametrize(
-    ("options", "reason"),
-    [
-        (dict(num_beams=2), "beam search"),
-        (dict(prompt_lookup_num_tokens=3), "assisted decoding"),
-        (dict(use_cache=False), "use_cache"),
-        (dict(cache_implementation="static"), "DynamicCache"),
-        (dict(prefill_chunk_size=8), "chunked"),
-        (dict(output_hidden_states=True, return_dict_in_generate=True), "hidden states"),
-    ],
-    ids=lambda value: value if isinstance(value, str) else "",
-)
-def test_what_cannot_be_accelerated_runs_as_unpatched(make_case, options, reason):
-    case = make_case("llama", seed=8)
-    expected, got, stats = both(case, **options)
-    assert reason in stats.fallback and reason in str(stats)
-    if not isinstance(expected, torch.Tensor):
-        expected, got = expected.sequences, got.sequences
-    assert torch.equal(expected, got)
-
-
 def test_a_cache_of_the_callers_own_is_used_as_such(make_case):
     case = make_case("llama", seed=9)
     expected = case.generate()
@@ -226,29 +205,6 @@ def test_a_cache_of_the_callers_own_is_used_as_such(make_case):
         assert std_decode.last_stats(case.model).rounds > 0
     assert torch.equal(expected, got)
     assert cache.get_seq_length() == got.shape[1] - 1
-
-
-def test_embedded_prompts_odd_masks_and_training_mode_fall_back(make_case):
-    case = make_case("llama", seed=10, rows=3)
-    embedded = case.model.get_input_embeddings()(case.inputs["input_ids"])
-    holes = case.inputs["attention_mask"].clone()
-    holes[:, 40:50] = 0
-    variants = {
-        "inputs_embeds": dict(
-            inputs_embeds=embedded, attention_mask=case.inputs["attention_mask"]
-        ),
-        "attention mask": dict(input_ids=case.inputs["input_ids"], attention_mask=holes),
-    }
-    for reason, inputs in variants.items():
-        expected = case.model.generate(**inputs, **case.options)
-        with std_decode.patched(case.model, **PATCH):
-            got = case.model.generate(**inputs, **case.options)
-            assert reason in std_decode.last_stats(case.model).fallback
-        assert torch.equal(expected, got)
-    with std_decode.patched(case.model, **PATCH):
-        case.model.train()
-        case.generate()
-        assert "training mode" in std_decode.last_stats(case.model).fallback
 
 
 class Boom(Exception):

@@ -11,7 +11,7 @@ import std_decode
 from std_decode import graphs
 from std_decode.cache import BufferLayer
 
-from .recorder import Recording
+from tests.decode.recorder import Recording
 
 PATCH = dict(draft_length=4, top_k_keys=6)
 FAMILIES = ("qwen2_vl", "llava_onevision", "llama", "gemma3")
