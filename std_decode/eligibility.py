@@ -25,7 +25,7 @@ from transformers.generation.stopping_criteria import (
     StopStringCriteria,
 )
 
-from std_decode.cache import SparseToDenseCache
+from std_decode.cache import BufferLayer, SparseToDenseCache
 from std_decode.engine import Engine
 from std_decode.sampling import STATELESS
 from std_decode.selection import plan_selection
@@ -129,7 +129,16 @@ def _probe(model: PreTrainedModel, decoder: nn.Module, layers: dict[int, nn.Modu
         DecodeStats(),
     )
     engine.reselects = True  # although every key is selected already, try the scores
-    drafted = []
+    drafted: list[Tensor] = []
+    attended: list[BufferLayer] = []
+    for layer in cache.selecting_layers:
+
+        def note(lse: Tensor, layer: BufferLayer = layer) -> None:
+            attended.append(layer)
+            BufferLayer.note_lse(layer, lse)
+
+        layer.note_lse = note  # type: ignore[method-assign]
+    expected_calls = cache.selecting_layers
 
     def choose(states: Tensor, _: int) -> Tensor:
         drafted.append(states[:, None])
@@ -145,6 +154,11 @@ def _probe(model: PreTrainedModel, decoder: nn.Module, layers: dict[int, nn.Modu
         ) from error
     finally:
         engine.cache.release()
+    if attended != expected_calls:
+        raise NotImplementedError(
+            f"patch: {name} attends {len(attended)} times in {len(expected_calls)} layers, "
+            f"expected once in each; {SUPPORTED}"
+        )
     got, wanted = torch.cat([*drafted, verified], dim=1), expected[:, [7, 7, 8]]
     difference = (got - wanted).float().abs().max() / expected.float().abs().max()
     # Rounding is far below, also that of a deep model. Where weights are small, a wrong mask or

@@ -77,7 +77,8 @@ class Lockstep:
         if self.engine.graphs is None:  # with graphs shapes repeat, and drafts too many are cut
             gamma = max(0, min(gamma, left - 1))
         position = inputs["position_ids"][..., -1:]
-        # Drafts beyond the longest possible text are never kept, but a position table may end.
+        # The last possible token is never read; drafts from there on are not kept, but a position
+        # table may end.
         ahead = torch.arange(gamma + 1, device=position.device).clamp(max=max(0, left - 1))
         positions = position + ahead
         choose = self.drafter.start(gamma)

@@ -135,8 +135,9 @@ class Decoding:
     def positions(self, count: int) -> Tensor:
         """Position ids of each row's pending token and those after it, ``[..., B, count]``."""
         step = self.rows.steps[:, None] - 1 + torch.arange(count, device=self.rows.steps.device)
-        # Drafts beyond the longest possible text are never kept, but a position table may end.
-        return self.first_position + step.clamp(max=self.rows.ends.most_steps - 1)
+        # The last possible token is never read; drafts from there on are not kept, but a position
+        # table may end.
+        return self.first_position + step.clamp(max=max(0, self.rows.ends.most_steps - 2))
 
     def complete_cache(self, sequences: Tensor) -> None:
         """Make the cache hold what plain decoding leaves there: all tokens but the last.

@@ -75,20 +75,21 @@ def visual_tokens(
     """
     if visual_mask is not None:
         given = visual_mask(input_ids) if callable(visual_mask) else visual_mask
-        batch, length = input_ids.shape
-        fits = ((length,), (1, length), (batch, length))
         if not isinstance(given, Tensor):
             raise TypeError(
                 f"generate: visual_mask returned {type(given).__name__}, expected a bool tensor "
                 f"for input_ids of shape {tuple(input_ids.shape)}; return one from the function"
             )
-        if given.dtype != torch.bool or given.shape not in fits:
+        rows = torch.atleast_2d(given)
+        # generate has repeated each row where it is to return several sequences of it.
+        times, rest = divmod(len(input_ids), len(rows)) if len(rows) else (0, 1)
+        if rows.dtype != torch.bool or rows.shape[1:] != input_ids.shape[1:] or rest:
             raise ValueError(
                 f"generate: visual_mask is {given.dtype} of shape {tuple(given.shape)}, expected "
                 f"bool for input_ids of shape {tuple(input_ids.shape)}; patch the model with a "
                 "function of input_ids if prompts differ"
             )
-        return given.to(input_ids.device).expand(input_ids.shape)
+        return rows.to(input_ids.device).repeat_interleave(times, dim=0)
     if visual_token_ids is None:
         if mm_token_type_ids is not None and mm_token_type_ids.shape == input_ids.shape:
             return (mm_token_type_ids > 0).to(input_ids.device)

@@ -5,6 +5,8 @@ import sys
 import pytest
 import torch
 from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
     LogitsProcessor,
     LogitsProcessorList,
     StoppingCriteria,
@@ -321,3 +323,20 @@ def test_the_host_reads_once_a_round(make_case, monkeypatch):
             counts.append(len(reads))
             rounds = std_decode.last_stats(case.model).rounds
     assert rounds == 5 and counts[1] - counts[0] == 4
+
+
+@pytest.mark.parametrize("mode", ["ragged", "lockstep"])
+def test_no_position_beyond_what_plain_decoding_reads(mode):
+    """A table of learned positions that the text just fills."""
+    torch.manual_seed(0)
+    sizes = dict(vocab_size=120, n_embd=64, n_layer=2, n_head=4, eos_token_id=None)
+    config = GPT2Config(**sizes, n_positions=123, initializer_range=0.2)
+    model = GPT2LMHeadModel(config).eval()
+    inputs = dict(input_ids=torch.randint(7, 99, (3, 100)), max_new_tokens=24, pad_token_id=0)
+    if mode == "lockstep":
+        inputs["logits_processor"] = LogitsProcessorList([Watches()])
+    expected = model.generate(**inputs, do_sample=False)
+    for top_k_keys in (2, 100):
+        with std_decode.patched(model, draft_length=4, top_k_keys=top_k_keys):
+            assert torch.equal(model.generate(**inputs, do_sample=False), expected)
+            assert std_decode.last_stats(model).mode == mode

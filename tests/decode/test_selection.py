@@ -176,3 +176,10 @@ def test_a_mask_that_does_not_fit_the_prompt(make_case, visual_mask, error, word
     assert type(case.model) is kind and torch.equal(case.generate(), expected)
     with std_decode.patched(case.model, **PATCH, visual_mask=function_of):
         assert torch.equal(case.generate(), expected)
+
+
+def test_a_mask_is_repeated_as_generate_repeats_its_rows():
+    """For num_return_sequences: row by row, not the batch as a whole."""
+    ids, mask = torch.zeros(6, 3, dtype=torch.long), torch.eye(2, 3).bool()
+    repeated = visual_tokens(ids, None, visual_mask=mask)
+    assert torch.equal(repeated, mask[[0, 0, 0, 1, 1, 1]])
