@@ -106,7 +106,7 @@ def _probe(model: PreTrainedModel, decoder: nn.Module, layers: dict[int, nn.Modu
     does not tell show here: as an error in our ops, or as a different result.
     """
     name = type(model).__name__
-    device = model.get_input_embeddings().weight.device
+    device = _input_device(model)
     ids = torch.arange(9, device=device)[None] % decoder.config.get_text_config().vocab_size
     positions = torch.arange(9, device=device)[None]
     plain = DynamicCache(config=decoder.config)
@@ -170,6 +170,14 @@ def _probe(model: PreTrainedModel, decoder: nn.Module, layers: dict[int, nn.Modu
             f"patch: the attention of {name} is not the causal softmax attention that was "
             f"expected (a trial differs by {difference:.1%}); {SUPPORTED}"
         )
+
+
+def _input_device(model: PreTrainedModel) -> torch.device:
+    embeddings = model.get_input_embeddings()
+    device = embeddings.weight.device
+    if device.type == "meta":  # offloaded by accelerate, which brings weights in for each pass
+        device = getattr(getattr(embeddings, "_hf_hook", None), "execution_device", "cpu")
+    return torch.device(device)
 
 
 def fallback_reason(

@@ -22,6 +22,8 @@ MOST_GRAPHS = 8  # live at a time, of one engine: draft, verify and dense of a f
 
 def unavailable(devices: set[torch.device]) -> str | None:
     """Why the passes of a model on these devices cannot be captured, or None."""
+    if any(device.type == "meta" for device in devices):
+        return "weights are offloaded"
     if len(devices) > 1:
         return "the layers are on several devices"
     kind = next(iter(devices)).type

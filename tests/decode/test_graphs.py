@@ -186,6 +186,22 @@ def test_layers_on_several_devices_are_not_captured():
     assert graphs.unavailable({torch.device("cuda", 0)}) is None
 
 
+@pytest.mark.parametrize("where", ["cpu", "disk"])
+def test_offloaded_weights_are_decoded_pass_by_pass(make_case, tmp_path, where):
+    import accelerate
+
+    case = make_case("qwen2_vl", 6)
+    expected = case.generate()
+    if where == "cpu":
+        accelerate.cpu_offload(case.model, execution_device="cpu")
+    else:
+        accelerate.disk_offload(case.model, tmp_path, execution_device="cpu")
+    with std_decode.patched(case.model, **PATCH):
+        assert torch.equal(case.generate(), expected)
+        stats = std_decode.last_stats(case.model)
+    assert stats.rounds > 0 and stats.eager_because == "weights are offloaded"
+
+
 def test_unpatch_releases_the_buffers(make_case, recording):
     case = make_case("llama", 7)
     std_decode.patch(case.model, **PATCH)
