@@ -68,17 +68,17 @@ def environment() -> dict[str, Any]:
         "gpu": gpu.name,
         "memory_gb": round(gpu.total_memory / 1e9, 1),
         "multiprocessors": gpu.multi_processor_count,
-        "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
+        "driver": output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
         "cuda": torch.version.cuda or torch.version.hip,
         "torch": torch.__version__,
         "triton": triton.__version__,
         "python": platform.python_version(),
-        "commit": _output("git", "rev-parse", "HEAD"),
+        "commit": output("git", "rev-parse", "HEAD"),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
 
 
-def _output(*command: str) -> str | None:
+def output(*command: str) -> str | None:
     try:
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=20)
     except (OSError, subprocess.TimeoutExpired):
@@ -125,7 +125,7 @@ def time_ops(out: Path, device: Any, deadline: float, small: bool = False) -> bo
 
     (out / "ops.jsonl").unlink(missing_ok=True)
     copy = ops.copy_case(device, 1 << (16 if small else 29))
-    measured = _measure(copy.run, device)
+    measured = measure(copy.run, device)
     ceiling = copy.bytes / measured["cold"][0] / 1e6
     keep(_record(copy, "copy", measured, ceiling))
     for make in ops.cases(device, small):
@@ -155,14 +155,14 @@ def _time_case(make: Callable[[], Any], device: Any, ceiling: float) -> list[dic
     records = []
     for what, call in {"ours": case.run, **case.rivals}.items():
         try:
-            records.append(_record(case, what, _measure(call, device), ceiling))
+            records.append(_record(case, what, measure(call, device), ceiling))
         except Exception as error:
             status = f"failed: {str(error).strip().splitlines()[0] if str(error) else error!r}"
             records.append({"op": case.op, "size": case.size, "what": what, "status": status})
     return records
 
 
-def _measure(call: Callable[[], Any], device: Any) -> dict[str, list[float]]:
+def measure(call: Callable[[], Any], device: Any) -> dict[str, list[float]]:
     """Median, 20th and 80th percentile in ms, cold and (where it can be captured) as a graph."""
     if device.type == "cpu":
         started = time.perf_counter()
