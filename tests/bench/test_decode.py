@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import std_decode
-from bench import cell, decode, probes, shapes, tables
+from bench import cell, decode, gpu, probes, shapes, tables
 from bench.__main__ import main
 from std_decode.loop import Decoding
 
@@ -317,3 +317,12 @@ def test_settings_that_are_not_there(bench, capsys, arguments, message):
     assert bench(*arguments) == (2, [])
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and message in error
+
+
+def test_the_gpu_round_survives_decoding(tmp_path, capfd):
+    options = [*QUICK, "--device", "cpu"]
+    assert not gpu.time_decoding(tmp_path, 0.2, options, grace=0)
+    assert "decode: stopped after 0 s" in capfd.readouterr().out
+    assert gpu.time_decoding(tmp_path, 0, options, grace=60)
+    assert "skipped: out of time" in (tmp_path / "decode.md").read_text()
+    assert "decode: exit status 0" in capfd.readouterr().out
