@@ -93,6 +93,8 @@ class Cell:
         try:
             part(name)
         except probes.OutOfTime:
+            # It may come in the middle of a compilation.
+            torch.compiler.reset()
             self.results.skip(name, "its first use did not end in time", **self.where)
         except Exception as error:
             # Rivals may fail; without the first of them there is nothing to compare with.
@@ -171,6 +173,8 @@ class Cell:
                 eager = getattr(stats, "eager_because", None)
                 self.keep(name, record, first, tokens, f"no graphs: {eager}" if eager else "")
                 self.keep_passes(name, gamma)
+        if patch.get("compile"):
+            torch.compiler.reset()  # the same code compiled too often is refused
 
     def fault(self, tokens: Tensor) -> str | None:
         """Why the newest call of ours is not to be timed, or None."""
@@ -289,10 +293,12 @@ class Cell:
         many = min(PROFILED, self.n - 1)
         _, one = probes.profiled(lambda: call(1), self.device)
         _, more = probes.profiled(lambda: call(1 + many), self.device)
-        busy = None
-        if one.busy_ms is not None and more.busy_ms is not None:
-            busy = (more.busy_ms - one.busy_ms) / many
-        profile = probes.Profile(round((more.count - one.count) / many), busy)
+        profile = None
+        if one is not None and more is not None:
+            busy = None
+            if one.busy_ms is not None and more.busy_ms is not None:
+                busy = (more.busy_ms - one.busy_ms) / many
+            profile = probes.Profile(round((more.count - one.count) / many), busy)
         times = {key: record[key] for key in ("ms", "ms_p20", "ms_p80")}
         self.keep_pass(name, "step", times, profile, self.prompt.context + self.n / 2)
 

@@ -142,13 +142,14 @@ class _Refused(Exception):
 def _run(options: argparse.Namespace, clock: Callable[[], float], deadline: float) -> int:
     from rich.console import Console
 
-    from bench import shapes, tables
+    from bench import probes, shapes, tables
     from bench.cell import Cell
 
     device, dtype, shape = _setting(options)
     cells = sorted(product(options.context, options.batch))
     results = tables.Results(options.out, shape.layers)
     fitting = _that_fit(cells, shape, dtype, device, options.new_tokens, results)
+    probes.prepare_profiler(device)
     bandwidth = copy_bandwidth(device)
     results.keep(environment(options, device, dtype, bandwidth))
     model = shapes.build(shape, dtype, device, options.seed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 import time
@@ -120,7 +121,19 @@ class Profile:
     busy_ms: float | None
 
 
-def profiled(call: Callable[[], Any], device: torch.device) -> tuple[Any, Profile]:
+def prepare_profiler(device: torch.device) -> None:
+    """Start it once before any CUDA graph is captured, and keep it from unloading.
+
+    torch does the second by itself only where Inductor captures the graphs: replaying a graph
+    after CUPTI was unloaded and loaded again has crashed.
+    """
+    if device.type == "cuda":
+        os.environ.setdefault("TEARDOWN_CUPTI", "0")
+        profiled(lambda: torch.zeros(1, device=device), device)
+
+
+def profiled(call: Callable[[], Any], device: torch.device) -> tuple[Any, Profile | None]:
+    """What a call returned and what the profiler saw of it: None where it saw nothing."""
     from torch.profiler import ProfilerActivity, profile
 
     kind = device.type
@@ -132,13 +145,14 @@ def profiled(call: Callable[[], Any], device: torch.device) -> tuple[Any, Profil
     return result, tally(profiler.events() or [], kind)
 
 
-def tally(events: Iterable[Any], kind: str) -> Profile:
+def tally(events: Iterable[Any], kind: str) -> Profile | None:
     """Count and add up a profiler's events; copies and fills take time but are no kernels."""
     if kind == "cuda":
         device = torch.autograd.DeviceType.CUDA
         ran = [e for e in events if e.device_type == device and not _is_note(e)]
         kernels = [e for e in ran if not e.name.lower().startswith(("memcpy", "memset"))]
-        return Profile(len(kernels), sum(e.time_range.elapsed_us() for e in ran) / 1e3)
+        busy = sum(e.time_range.elapsed_us() for e in ran) / 1e3
+        return Profile(len(kernels), busy) if kernels else None
     return Profile(sum(e.cpu_parent is None and "::" in e.name for e in events), None)
 
 

@@ -290,6 +290,7 @@ def test_kernels_are_counted_and_added_up():
         event("a range of the user's", 7000, note=True),
     ]  # fmt: skip
     assert probes.tally(events, "cuda") == probes.Profile(count=2, busy_ms=2.0)
+    assert probes.tally(events[4:], "cuda") is None  # it saw nothing: not even a kernel
 
 
 @pytest.mark.parametrize(
