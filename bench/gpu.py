@@ -1,4 +1,4 @@
-"""One whole round on a GPU: test, then time. Everything is on disk as soon as it is known."""
+"""One whole round on a GPU: test, time ops, time decoding. All is on disk once it is known."""
 
 import argparse
 import json
@@ -15,16 +15,19 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-TEST_SECONDS, TIME_SECONDS = 290, 200
+TEST_SECONDS, TIME_SECONDS, DECODE_SECONDS = 230, 130, 150
+GRACE = 15  # seconds that decoding may take to end by itself
 _HELP = """\
-Runs the GPU test suite, then times each op at a few real sizes beside torch's own. Takes less
-than 9 minutes: the tests and the timing have a time box each, and what did not fit is listed as
-skipped. An op that computes something wrong is reported and not timed. Writes into DIR as it goes:
+Runs the GPU test suite, then times each op at a few real sizes beside torch's own, then decoding
+at a 7B model's shape beside transformers' (see python -m bench decode --help). Takes less than 9
+minutes: each part has a time box, and what did not fit is listed as skipped. What computes
+something wrong is reported and not timed. Writes into DIR as it goes:
 
   environment.json   GPU, driver, versions, commit, date
   tests.log, tests.xml   what pytest said
   ops.jsonl          one line per timing: median, 20th and 80th percentile in milliseconds, GB/s
   ops.md             the same as a table
+  decode.jsonl, decode.md, decode.log   decoding with random weights and forced acceptance
 
 "cold" clears the L2 cache before each run and includes the launch; "graph" replays a CUDA graph
 of the same call over and over, so small inputs come from the cache. GB/s counts every input and
@@ -37,7 +40,7 @@ The exit status is 0 if everything passed, 1 if something failed or is wrong, an
 def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "gpu",
-        help="test and time the ops on the GPU of this machine, in under 9 minutes",
+        help="test and time ops and decoding on the GPU of this machine, in under 9 minutes",
         description=_HELP,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -55,8 +58,14 @@ def run(options: argparse.Namespace) -> int:
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "environment.json").write_text(json.dumps(environment(), indent=2) + "\n")
     passed = options.skip_tests or run_tests(options.out, TEST_SECONDS)
-    right = time_ops(options.out, torch.device("cuda"), time.monotonic() + TIME_SECONDS)
-    return 0 if passed and right else 1
+    try:
+        right = time_ops(options.out, torch.device("cuda"), time.monotonic() + TIME_SECONDS)
+    except Exception as error:  # decoding can be timed all the same
+        print(f"bench gpu: ops: {error!r}"[:300], file=sys.stderr)
+        right = False
+    torch.cuda.empty_cache()
+    decoded = time_decoding(options.out, DECODE_SECONDS, DECODING)
+    return 0 if passed and right and decoded else 1
 
 
 def environment() -> dict[str, Any]:
@@ -68,17 +77,17 @@ def environment() -> dict[str, Any]:
         "gpu": gpu.name,
         "memory_gb": round(gpu.total_memory / 1e9, 1),
         "multiprocessors": gpu.multi_processor_count,
-        "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
+        "driver": output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
         "cuda": torch.version.cuda or torch.version.hip,
         "torch": torch.__version__,
         "triton": triton.__version__,
         "python": platform.python_version(),
-        "commit": _output("git", "rev-parse", "HEAD"),
+        "commit": output("git", "rev-parse", "HEAD"),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
 
 
-def _output(*command: str) -> str | None:
+def output(*command: str) -> str | None:
     try:
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=20)
     except (OSError, subprocess.TimeoutExpired):
@@ -91,21 +100,38 @@ def run_tests(out: Path, seconds: float) -> bool:
     xml = (out / "tests.xml").resolve()
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "-v", "-rfEs", "--durations=10",
                f"--junitxml={xml}", "tests/kernels"]  # fmt: skip
+    return _run_apart("tests", command, out / "tests.log", seconds)
+
+
+DECODING = ["--shape", "qwen2-vl-7b", "--batch", "1", "8", "--context", "25000"]
+
+
+def time_decoding(out: Path, seconds: float, options: list[str], grace: float = GRACE) -> bool:
+    """`bench decode` in a process group of its own; False if anything was wrong or hung."""
+    command = [sys.executable, "-m", "bench", "decode", *options,
+               "--seconds", str(seconds), "--out", str(out.resolve())]  # fmt: skip
+    passed = _run_apart("decode", command, out / "decode.log", seconds + grace)
+    print((out / "decode.log").read_text(errors="replace"))
+    return passed
+
+
+def _run_apart(name: str, command: list[str], log: Path, seconds: float) -> bool:
+    """Whether the command exits with 0 within `seconds`; then it and what it started is killed."""
     started = time.monotonic()
-    with open(out / "tests.log", "wb") as log:
+    with open(log, "wb") as file:
         process = subprocess.Popen(
-            command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+            command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
         )
         try:
             code = process.wait(seconds)
         except subprocess.TimeoutExpired:
-            # The group is ours alone: the tests start processes of their own.
+            # The group is ours alone: tests and compilers start processes of their own.
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
             code = None
-    lines = (out / "tests.log").read_text(errors="replace").strip().splitlines()
+    lines = log.read_text(errors="replace").strip().splitlines()
     verdict = f"stopped after {seconds:.0f} s" if code is None else f"exit status {code}"
-    print(f"tests: {verdict}, {time.monotonic() - started:.0f} s: {lines[-1] if lines else ''}")
+    print(f"{name}: {verdict}, {time.monotonic() - started:.0f} s: {lines[-1] if lines else ''}")
     return code == 0
 
 
@@ -125,7 +151,7 @@ def time_ops(out: Path, device: Any, deadline: float, small: bool = False) -> bo
 
     (out / "ops.jsonl").unlink(missing_ok=True)
     copy = ops.copy_case(device, 1 << (16 if small else 29))
-    measured = _measure(copy.run, device)
+    measured = measure(copy.run, device)
     ceiling = copy.bytes / measured["cold"][0] / 1e6
     keep(_record(copy, "copy", measured, ceiling))
     for make in ops.cases(device, small):
@@ -155,14 +181,14 @@ def _time_case(make: Callable[[], Any], device: Any, ceiling: float) -> list[dic
     records = []
     for what, call in {"ours": case.run, **case.rivals}.items():
         try:
-            records.append(_record(case, what, _measure(call, device), ceiling))
+            records.append(_record(case, what, measure(call, device), ceiling))
         except Exception as error:
             status = f"failed: {str(error).strip().splitlines()[0] if str(error) else error!r}"
             records.append({"op": case.op, "size": case.size, "what": what, "status": status})
     return records
 
 
-def _measure(call: Callable[[], Any], device: Any) -> dict[str, list[float]]:
+def measure(call: Callable[[], Any], device: Any) -> dict[str, list[float]]:
     """Median, 20th and 80th percentile in ms, cold and (where it can be captured) as a graph."""
     if device.type == "cpu":
         started = time.perf_counter()

@@ -1,0 +1,329 @@
+"""`bench decode` on the tiny shape and the CPU: what it compares, forces, skips and refuses."""
+
+import argparse
+import itertools
+import json
+import signal
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import std_decode
+from bench import cell, decode, gpu, probes, shapes, tables
+from bench.__main__ import main
+from std_decode.loop import Decoding
+
+CPU = torch.device("cpu")
+WAYS = {
+    "transformers generate",
+    "ours, dense",
+    "ours, forced acceptance 0.2",
+    "transformers generate, static cache",
+}
+QUICK = ["--quick", "--context", "150", "--new-tokens", "20", "--runs", "1", "--top-k-keys", "32",
+         "--acceptance", "0.2"]  # fmt: skip
+
+
+@pytest.fixture
+def bench(tmp_path, monkeypatch):
+    """``bench(*arguments)``: the exit status and the records."""
+    monkeypatch.setattr(decode, "copy_bandwidth", lambda device: 10.0)  # takes a second
+
+    def call(*arguments, clock=None):
+        command = ["decode", *QUICK, "--device", "cpu", "--out", str(tmp_path), *arguments]
+        if clock is None:
+            status = main(command)
+        else:
+            parser = argparse.ArgumentParser()
+            decode.add_parser(parser.add_subparsers())
+            status = decode.run(parser.parse_args(command), clock)
+        path = tmp_path / "decode.jsonl"
+        lines = path.read_text().splitlines() if path.exists() else []
+        return status, [json.loads(line) for line in lines]
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def model():
+    return shapes.build(shapes.SHAPES["tiny"], torch.float32, CPU, seed=0)
+
+
+@pytest.fixture
+def prompt(model):
+    return shapes.Prompt(model, 150, seed=0)
+
+
+def of(records, kind, batch=1):
+    return [r for r in records if r["kind"] == kind and r.get("batch") == batch]
+
+
+def test_a_grid_from_end_to_end(bench, tmp_path, capsys):
+    status, records = bench("--batch", "1", "3")
+    assert status == 0
+    for batch in (1, 3):
+        decoded = of(records, "decode", batch)
+        assert {record["what"] for record in decoded} == WAYS
+        for record in decoded:
+            assert record["status"] == "ok" and record["runs"] == 1 and record["ms"] > 0
+            assert record["same_as_transformers"] == f"{20 * batch} of {20 * batch}"
+        passes = {record["pass"]: record for record in of(records, "pass", batch)}
+        assert set(passes) == {"step", "dense", "draft", "verify"}
+        assert all(record["kernels"] > 20 for record in passes.values())
+        assert passes["draft"]["bytes"] < passes["verify"]["bytes"] == passes["dense"]["bytes"]
+    text = (tmp_path / "decode.md").read_text()
+    assert text.count("ours, forced acceptance 0.2") == 8  # in both batches' rows of each table
+    assert "forced acceptance" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("acceptance", [0.0, 0.5, 0.9, 1.0])
+def test_drafts_agree_as_often_as_asked(prompt, acceptance):
+    prompt.repeat(2)
+    text = prompt.tokens(141)
+    planned = probes.plan(text, acceptance, prompt.vocabulary, seed=1)
+    with std_decode.patched(prompt.model, draft_length=4, top_k_keys=32):
+        with probes.forced_drafts(planned):
+            assert torch.equal(prompt.tokens(141), text)
+        stats = std_decode.last_stats(prompt.model)
+    asked = sum(acceptance**i for i in range(5))
+    assert stats.mean_accepted_length == pytest.approx(asked, rel=0.15)
+    if acceptance in (0.0, 1.0):
+        assert stats.accepted == acceptance * stats.drafted
+
+
+def test_wrong_drafts_depend_on_the_seed_alone():
+    text = torch.randint(0, 50, (3, 40))
+    plans = [probes.plan(text, 0.75, 50, seed) for seed in (0, 0, 1)]
+    assert torch.equal(plans[0], plans[1]) and not torch.equal(plans[0], plans[2])
+    assert all(int((planned != text).sum()) == 30 for planned in plans)
+    assert all(0 <= int(planned.min()) and int(planned.max()) < 50 for planned in plans)
+
+
+def make_cell(prompt, **changes):
+    given = dict(new_tokens=80, runs=1, seed=0, acceptance=[0.9], draft_length=[4])
+    options = argparse.Namespace(**{**given, "top_k_keys": [32], "ways": decode.WAYS, **changes})
+    results = tables.Results(None, 2)
+    return cell.Cell(prompt, options, results, CPU, 1.0, time.monotonic, time.monotonic() + 99)
+
+
+def test_drafts_follow_what_verification_chooses(prompt):
+    """Where that is not what was expected (as rounding has it in bfloat16)."""
+    one = make_cell(prompt)
+    text = prompt.tokens(80)
+    one.dense = (text + (torch.arange(80) >= 20)) % prompt.vocabulary
+    with std_decode.patched(prompt.model, draft_length=4, top_k_keys=32):
+        planned, tokens = one.calibrate(0.9)
+        assert torch.equal(tokens, text)
+        assert int((planned != text).sum()) == 8
+        assert std_decode.last_stats(prompt.model).mean_accepted_length > 3
+
+
+def test_how_far_behind_a_wrong_token_is(prompt):
+    prompt.repeat(2)
+    one = make_cell(prompt)
+    one.transformers("")
+    got = one.expected.clone()
+    assert one.behind(got) == 0 and one.same(one.expected, got) == "160 of 160"
+    scores = prompt.generate(9, return_dict_in_generate=True, output_scores=True).scores
+    second = scores[7].topk(2, dim=-1)
+    got[1, 7] = second.indices[1, 1]
+    got[1, 8:] = 0  # what comes after does not count
+    distance = float(second.values[1, 0] - second.values[1, 1])
+    assert one.behind(got) == pytest.approx(distance, rel=1e-3)
+    assert one.same(one.expected, got) == "87 of 160"
+
+
+def test_a_wrong_model_is_reported_and_not_timed(bench, monkeypatch):
+    right = Decoding.accept
+    monkeypatch.setattr(
+        Decoding, "accept", lambda self, drafts, logits: right(self, drafts, logits.roll(1, -1))
+    )
+    status, records = bench()
+    assert status == 1
+    decoded = {record["what"]: record for record in of(records, "decode")}
+    assert set(decoded) == WAYS
+    for what, record in decoded.items():
+        wrong = what.startswith("ours")
+        assert record["status"].startswith("wrong: 0 of 20 tokens") == wrong
+        assert ("ms" in record) != wrong
+    assert {record["pass"] for record in of(records, "pass")} == {"step"}
+
+
+def test_running_as_unpatched_is_reported_and_not_timed(bench, monkeypatch):
+    monkeypatch.setattr("std_decode.generation.fallback_reason", lambda *_: "of this test")
+    status, records = bench()
+    ours = [record for record in of(records, "decode") if record["what"].startswith("ours")]
+    assert status == 1 and len(ours) == 2
+    assert all(record["status"] == "ran as unpatched: of this test" for record in ours)
+
+
+def test_only_the_ways_asked_for(bench):
+    _, records = bench("--ways", "forced", "no-graphs")
+    whats = {record["what"] for record in of(records, "decode")}
+    assert whats == {"transformers generate", "ours, forced acceptance 0.2"}
+
+
+def test_copy_bandwidth_is_measured():
+    assert 0.01 < decode.copy_bandwidth(CPU) < 10000
+
+
+def test_a_failure_costs_nothing_else(bench, monkeypatch):
+    monkeypatch.setattr(shapes.Prompt, "static", lambda *_: 1 / 0)
+    status, records = bench("--ways", "static", "forced")
+    states = {record["what"]: record["status"] for record in of(records, "decode")}
+    assert len(states) == 3
+    assert states.pop("transformers generate, static cache").startswith("failed: ZeroDivisionErr")
+    assert status == 0 and set(states.values()) == {"ok"}  # a rival may fail
+    monkeypatch.setattr(cell.Cell, "calibrate", lambda *_: 1 / 0)
+    assert bench("--ways", "forced")[0] == 1
+
+
+def test_more_ways_on_a_gpu(prompt, monkeypatch):
+    """What is tried there, and with which patch."""
+    one = make_cell(prompt, acceptance=[0.5, 0.9])
+    one.device, tried = SimpleNamespace(type="cuda"), []
+    monkeypatch.setattr(one, "transformers", lambda name: setattr(one, "expected", 1))
+    monkeypatch.setattr(one, "static", lambda name: tried.append((name, {}, ())))
+    monkeypatch.setattr(one, "ours", lambda name, patch, **how: tried.append((name, patch, how)))
+    one.run()
+    auto, drafts = {"cuda_graphs": "auto"}, {"gamma": 4, "keys": 32}
+    expected = [("transformers generate, static cache", {}, ())]
+    for suffix, patch in (
+        ("", auto),
+        (", compiled", {**auto, "compile": True}),
+        (", no graphs", {"cuda_graphs": False}),
+    ):
+        expected.append((f"ours, dense{suffix}", patch, {}))
+        for asked in (0.5, 0.9):
+            name = f"ours, forced acceptance {asked}{suffix}"
+            expected.append((name, patch, {"acceptance": asked, **drafts}))
+    assert sorted(tried, key=str) == sorted(expected, key=str)
+
+
+def test_what_does_not_fit_the_time_box_is_listed(bench):
+    status, records = bench("--seconds", "0")
+    (only,) = of(records, "decode")
+    assert status == 0 and only["status"] == "skipped: out of time"
+    ticks = itertools.count()
+    status, records = bench("--seconds", "4", clock=lambda: next(ticks))
+    states = [(record["what"], record["status"]) for record in of(records, "decode")]
+    done = [what for what, state in states if state == "ok"]
+    assert status == 0 and done == ["transformers generate"]
+    assert {what for what, state in states if state == "skipped: out of time"} == WAYS - {*done}
+
+
+def test_a_first_use_is_interrupted():
+    before = signal.getsignal(signal.SIGALRM)
+    with pytest.raises(probes.OutOfTime):
+        with probes.at_most(0.05):
+            try:
+                time.sleep(20)
+            except Exception:  # as a compiler would
+                pytest.fail("taken for an error")
+    with probes.at_most(0.05):
+        pass
+    time.sleep(0.1)
+    assert signal.getsignal(signal.SIGALRM) == before
+
+
+def test_what_does_not_fit_in_memory_is_refused(bench, capsys, monkeypatch):
+    monkeypatch.setattr(shapes, "free_memory", lambda device: 1000)
+    assert bench() == (2, [])
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "GB of weights" in error and "0.00 GB are free" in error
+    small = shapes.needs(shapes.SHAPES["tiny"], torch.float32, CPU, 1, 170).total
+    monkeypatch.setattr(shapes, "free_memory", lambda device: small + 1000)
+    status, records = bench("--batch", "1", "64", "--seconds", "0")
+    (large,) = of(records, "decode", 64)
+    assert status == 0 and large["status"].startswith("skipped: does not fit: about 0.")
+    assert of(records, "decode", 1)[0]["status"] == "skipped: out of time"
+
+
+@pytest.mark.parametrize(
+    "name, billions, kv",
+    [("qwen2-vl-7b", 7.62, 57344), ("llava-onevision-7b", 7.62, 57344),
+     ("llama-3-8b", 8.03, 131072)],
+)  # fmt: skip
+def test_shapes_are_those_of_real_models(name, billions, kv):
+    shape = shapes.SHAPES[name]
+    assert shapes.parameter_bytes(shape, torch.bfloat16) / 2e9 == pytest.approx(billions, abs=0.01)
+    assert shapes.kv_bytes(shape, torch.bfloat16) == kv
+
+
+@pytest.mark.parametrize("family", ["llava_onevision", "llama"])
+def test_every_family_decodes(family):
+    shape = shapes.Shape(family, 64, 2, 4, 2, 96, 128, 1e4, 0.2)
+    prompt = shapes.Prompt(shapes.build(shape, torch.float32, CPU, 0), 40, seed=0)
+    one = make_cell(prompt, new_tokens=12)
+    one.run()
+    states = {record["what"]: record["status"] for record in one.results.of("decode")}
+    assert len(states) == 4 and set(states.values()) == {"ok"}
+    weights = sum(parameter.nbytes for parameter in prompt.model.get_decoder().parameters())
+    # Of the two tables of the vocabulary, which are as large, a step reads the second.
+    assert one.weights == weights and one.weights > 2 * 4 * 64 * 96 * 3
+
+
+def test_a_prompt_goes_on_as_if_it_had_been_read_at_once(prompt):
+    prompt.repeat(3)
+    whole = prompt.model.generate(prompt.ids, max_new_tokens=12, do_sample=False)[:, 151:]
+    kept = [layer.keys.clone() for layer in prompt.cache.layers]
+    static = prompt.static(12)
+    for _ in range(2):
+        assert torch.equal(prompt.tokens(12), whole)
+        assert torch.equal(prompt.tokens(12, prompt.rewind(static)), whole)
+    assert all(map(torch.equal, kept, (layer.keys for layer in prompt.cache.layers)))
+
+
+def test_kernels_are_counted_and_added_up():
+    def event(name, microseconds, device="CUDA", note=False):
+        span = SimpleNamespace(elapsed_us=lambda: microseconds)
+        kind = getattr(torch.autograd.DeviceType, device)
+        return SimpleNamespace(
+            name=name, device_type=kind, time_range=span, is_user_annotation=note
+        )
+
+    events = [
+        event("gemm", 1500), event("softmax", 300), event("Memcpy DtoD", 150),
+        event("Memset (Device)", 50), event("cudaLaunchKernel", 9000, "CPU"),
+        event("a range of the user's", 7000, note=True),
+    ]  # fmt: skip
+    assert probes.tally(events, "cuda") == probes.Profile(count=2, busy_ms=2.0)
+    assert probes.tally(events[4:], "cuda") is None  # it saw nothing: not even a kernel
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--batch", "0"], "--batch: is 0, expected at least 1"),
+        (["--acceptance", "1.5"], "--acceptance: is 1.5, expected 0 to 1"),
+        (["--draft-length", "x"], "--draft-length: is x, expected 1 to 63"),
+    ],
+)
+def test_wrong_arguments(bench, capsys, arguments, message):
+    with pytest.raises(SystemExit) as stopped:
+        bench(*arguments)
+    assert stopped.value.code == 2 and message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--shape", "gpt"], "--shape is gpt, expected one of qwen2-vl-7b"),
+        (["--device", "tpu"], "--device is tpu, expected cuda or cpu"),
+    ],
+)
+def test_settings_that_are_not_there(bench, capsys, arguments, message):
+    assert bench(*arguments) == (2, [])
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and message in error
+
+
+def test_the_gpu_round_survives_decoding(tmp_path, capfd):
+    options = [*QUICK, "--device", "cpu"]
+    assert not gpu.time_decoding(tmp_path, 0.2, options, grace=0)
+    assert "decode: stopped after 0 s" in capfd.readouterr().out
+    assert gpu.time_decoding(tmp_path, 0, options, grace=60)
+    assert "skipped: out of time" in (tmp_path / "decode.md").read_text()
+    assert "decode: exit status 0" in capfd.readouterr().out
