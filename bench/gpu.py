@@ -99,7 +99,7 @@ def run_tests(out: Path, seconds: float) -> bool:
     """Runs `pytest -m gpu` in its own process group; False if it failed or ran out of time."""
     xml = (out / "tests.xml").resolve()
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "-v", "-rfEs", "--durations=10",
-               f"--junitxml={xml}", "tests/kernels"]  # fmt: skip
+               f"--junitxml={xml}", "tests"]  # fmt: skip
     return _run_apart("tests", command, out / "tests.log", seconds)
 
 

@@ -111,7 +111,7 @@ class BufferLayer(CacheLayerMixin):
         if self.importance is None:
             self.importance = share
         else:
-            self.importance.zero_()[..., : share.shape[-1]] = share
+            self.importance[..., : share.shape[-1]] = share  # what is beyond is no candidate
 
     def weigh(self, scores: Tensor) -> None:
         """Renew the importance from the newest scores ``[B, Hkv, N]``, which are used up.

@@ -71,7 +71,7 @@ class Engine:
         # Layers of one device, their importance in one tensor, and their index lists in another,
         # [layers, B, Hkv, S] and [layers, B, Hkv, K].
         self.groups: list[tuple[list[BufferLayer], Tensor, Tensor]] = []
-        self.inputs: dict[Hashable, tuple[Tensor, Tensor]] = {}  # of captured passes
+        self.inputs: dict[Hashable, dict[str, Tensor]] = {}  # of captured passes
         # With graphs, what the shapes of captured passes follow from, beside the cache.
         self.key: Hashable = None
         self.columns, self.width = cache.capacity, 0  # of importance and of index lists
@@ -202,22 +202,30 @@ class Engine:
         """
         if self.graphs is None or not self.capturable(shared):
             return self.compute(phase, tokens, positions, shared, rescore)
-        key = (phase, tokens.shape, positions.shape, rescore, *sorted(shared.items()))
+        given = {"tokens": tokens, "positions": positions}
+        given |= {name: value for name, value in shared.items() if isinstance(value, Tensor)}
+        shapes = tuple((name, value.shape, value.dtype) for name, value in given.items())
+        others = tuple((name, value) for name, value in shared.items() if name not in given)
+        key = (phase, rescore, shapes, others)
         new = key not in self.inputs
         if new:
-            self.inputs[key] = torch.empty_like(tokens), torch.empty_like(positions)
+            self.inputs[key] = {name: torch.empty_like(value) for name, value in given.items()}
         static = self.inputs[key]
-        static[0].copy_(tokens)
-        static[1].copy_(positions)
+        for name, value in given.items():
+            static[name].copy_(value)
+        shared = {name: static.get(name, value) for name, value in shared.items()}
+
+        def step() -> Tensor:
+            return self.compute(phase, static["tokens"], static["positions"], shared, rescore)
+
         with _compiling(phase) if new and self.compiles else nullcontext():
-            return self.graphs.run(key, lambda: self.compute(phase, *static, shared, rescore))
+            return self.graphs.run(key, step)
 
     def capturable(self, shared: dict[str, Any]) -> bool:
-        given = [name for name, value in shared.items() if not isinstance(value, Hashable)]
-        given += [name for name, value in shared.items() if isinstance(value, Tensor)]
-        if given:
-            self.stats.eager_because = f"every step takes {', '.join(given)}"
-        return not given
+        unknown = [name for name, value in shared.items() if not isinstance(value, Hashable)]
+        if unknown:
+            self.stats.eager_because = f"every step takes {', '.join(unknown)}"
+        return not unknown
 
     def compute(
         self,

@@ -67,6 +67,24 @@ def test_passes_are_captured_once_and_used_for_other_prompts(make_case, recordin
             assert stats.graph_captures == (2, 0, 0, 1, 0)[count], count
 
 
+def test_replayed_drafts_read_the_newest_selection(make_case, recording, monkeypatch):
+    """Tokens do not depend on it, acceptance does."""
+    case = make_case("llama", 2)
+    case.inputs = {"input_ids": torch.randint(7, 99, (2, 700))}
+
+    def accepted():
+        with std_decode.patched(case.model, **PATCH):
+            for _ in range(2):
+                case.generate(max_new_tokens=40)
+            stats = std_decode.last_stats(case.model)
+            assert stats.calls["select"] > 5
+            return stats.rounds, stats.accepted
+
+    replayed = accepted()
+    monkeypatch.setattr(graphs, "capture", lambda step, pool: step)
+    assert replayed == accepted()
+
+
 def test_every_key_of_the_past_call_is_forgotten(make_case, recording):
     """Buffers are used again: neither its keys nor its importance may reach the next call."""
     case = make_case("llama", 2, max_new_tokens=20)
