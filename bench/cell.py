@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import inspect
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -64,14 +63,12 @@ class Cell:
         self.guard("transformers generate", self.transformers)
         if self.expected is None:
             return  # nothing to compare with
-        known = inspect.signature(std_decode.patch).parameters
-        usual: dict[str, Any] = {"cuda_graphs": "auto"} if "cuda_graphs" in known else {}
-        self.both("", usual)
+        self.both("", {})
         if "static" in self.options.ways:
             self.guard("transformers generate, static cache", self.static)
-        if self.device.type == "cuda" and "compiled" in self.options.ways and "compile" in known:
-            self.both(", compiled", {**usual, "compile": True})
-        if self.device.type == "cuda" and "no-graphs" in self.options.ways and usual:
+        if self.device.type == "cuda" and "compiled" in self.options.ways:
+            self.both(", compiled", {"compile": True})
+        if self.device.type == "cuda" and "no-graphs" in self.options.ways:
             self.both(", no graphs", {"cuda_graphs": False})
 
     def both(self, suffix: str, patch: dict[str, Any]) -> None:

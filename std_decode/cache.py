@@ -286,6 +286,6 @@ class SparseToDenseCache(Cache):
                 layer.keys = layer.values = None
 
     def release(self) -> None:
-        """Drop the buffers now: cache, layers and engine refer to each other in a circle."""
+        """Drop the buffers."""
         self.layers.clear()
         self.answer = None

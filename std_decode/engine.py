@@ -113,6 +113,12 @@ class Engine:
         )
         self.cache.start(template, kv_start)
 
+    def release(self) -> None:
+        """Free the buffers now: engine, cache and layers refer to each other in a circle."""
+        if self.graphs is not None:
+            self.graphs.clear()
+        self.cache.release()
+
     def prefill(self, **inputs: Any) -> Any:
         """The prompt's (or the new question's) pass, through the model's own attention."""
         new = inputs["input_ids"].shape[1]

@@ -95,7 +95,7 @@ def sample(
         stats.peak_memory_bytes = peak_memory_bytes(input_ids.device)
         options.stats = stats
     except BaseException:
-        cache.release()  # whatever state it is in
+        engine.release()  # whatever state it is in
         raise
     options.engines.put_back(engine)
     return output

@@ -62,9 +62,10 @@ class Engines:
         key += (_fingerprint(model),)
         with self.lock:
             idle, self.idle = self.idle, None
-        if idle is not None and idle.fits(key, prompt, room):
-            return idle, None
-        del idle  # its buffers go before new ones come
+        if idle is not None:
+            if idle.fits(key, prompt, room):
+                return idle, None
+            idle.release()  # its buffers go before new ones come
         cache = SparseToDenseCache(config, max(room, width), batch, device, options.draft_length)
         engine = Engine(
             config, options.layers, cache, options.reselect, graphs.Graphs(), self.compiles
@@ -75,13 +76,16 @@ class Engines:
     def put_back(self, engine: Engine) -> None:
         """Keep the engine of a call that went well for the next one."""
         if engine.graphs is None:
-            engine.cache.release()
+            engine.release()
             return
         engine.finish()
         self.idle = engine
 
     def clear(self) -> None:
-        self.idle = None
+        with self.lock:
+            idle, self.idle = self.idle, None
+        if idle is not None:
+            idle.release()
 
     def __reduce__(self) -> Any:
         return Engines, (self.wanted, self.compiles)  # copies and pickles begin without an engine
