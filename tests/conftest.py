@@ -21,3 +21,4 @@ def pytest_cmdline_main(config):
         return
     if "PYTEST_XDIST_WORKER" not in os.environ:
         config.option.numprocesses = min(8, os.cpu_count() or 1)
+        config.option.dist = "worksteal"  # some tests take half a minute, most a tenth of a second

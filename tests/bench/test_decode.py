@@ -188,11 +188,11 @@ def test_more_ways_on_a_gpu(prompt, monkeypatch):
     monkeypatch.setattr(one, "static", lambda name: tried.append((name, {}, ())))
     monkeypatch.setattr(one, "ours", lambda name, patch, **how: tried.append((name, patch, how)))
     one.run()
-    auto, drafts = {"cuda_graphs": "auto"}, {"gamma": 4, "keys": 32}
+    drafts = {"gamma": 4, "keys": 32}
     expected = [("transformers generate, static cache", {}, ())]
     for suffix, patch in (
-        ("", auto),
-        (", compiled", {**auto, "compile": True}),
+        ("", {}),
+        (", compiled", {"compile": True}),
         (", no graphs", {"cuda_graphs": False}),
     ):
         expected.append((f"ours, dense{suffix}", patch, {}))

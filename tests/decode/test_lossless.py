@@ -25,13 +25,13 @@ def test_same_tokens_as_unpatched(make_case, family, rows, seed):
         expected = case.generate(do_sample=do_sample)
         ties = set()
         for draft_length in DRAFT_LENGTHS:
-            for top_k_keys in (4, EVERY_KEY):
+            for top_k_keys in (4, EVERY_KEY) if draft_length else (4,):
                 options = dict(draft_length=draft_length, top_k_keys=top_k_keys)
                 with std_decode.patched(case.model, **options):
                     got = case.generate(do_sample=do_sample)
                     assert std_decode.last_stats(case.model).fallback is None
                 ties |= case.assert_same_tokens(expected, got, do_sample=do_sample)
-        # One token in 1e5 is such a tie, and here are at most 48: two would be no coincidence.
+        # One token in 1e5 is such a tie, and here are at most 42: two would be no coincidence.
         assert len(ties) <= 1
 
 
