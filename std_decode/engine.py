@@ -190,8 +190,7 @@ class Engine:
             return self.step("verify", tokens, positions, shared, self.reselects and drafted)
 
     def read(self, tokens: Tensor, positions: Tensor, shared: dict[str, Any]) -> None:
-        """Put the keys and values of tokens ``[B, T]`` behind each row."""
-        self.cache.reserve(tokens.shape[1])
+        """Put the keys and values of tokens ``[B, T]`` behind each row, where there is room."""
         self.compute("verify", tokens, positions, shared)
 
     def step(

@@ -36,7 +36,7 @@ class DecodeStats:
         draft_weights: None: drafts use the model's own weights.
         graph_captures, graph_replays: forward passes captured as CUDA graphs, and replayed.
         first_use_seconds: part of `seconds` that went into the first run (compilation included)
-            and the capture of passes; later calls on the same patched model spend none.
+            and the capture of passes; a call whose shapes have been seen spends none.
         eager_because: why passes were not captured, or None.
         seconds: host wall-clock time per stage. "dense" are passes without a draft.
         calls: forward passes (for "select": selections) per stage.
