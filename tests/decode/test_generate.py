@@ -14,20 +14,10 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 import std_decode
+from tests.decode.observers import Streams
 
 PATCH = dict(draft_length=4, top_k_keys=8)
 FAMILIES = ("qwen2_vl", "llava_onevision", "llama")
-
-
-class Recorder(BaseStreamer):
-    def __init__(self):
-        self.calls = []
-
-    def put(self, value):
-        self.calls.append(value.clone())
-
-    def end(self):
-        self.calls.append("end")
 
 
 def both(case, **options):
@@ -43,7 +33,7 @@ def both(case, **options):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_streamer_sees_the_same_calls(make_case, family, do_sample):
     case = make_case(family, seed=1)
-    plain, patched = Recorder(), Recorder()
+    plain, patched = Streams(), Streams()
     case.generate(streamer=plain, do_sample=do_sample)
     with std_decode.patched(case.model, **PATCH):
         case.generate(streamer=patched, do_sample=do_sample)

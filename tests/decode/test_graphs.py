@@ -11,17 +11,11 @@ import std_decode
 from std_decode import graphs
 from std_decode.cache import BufferLayer
 
+from tests.decode.observers import Watches
 from tests.decode.recorder import Recording
 
 PATCH = dict(draft_length=4, top_k_keys=6)
 FAMILIES = ("qwen2_vl", "llava_onevision", "llama", "gemma3")
-
-
-class Watches(LogitsProcessor):
-    """Does nothing, but is not one of transformers' own: the batch goes in lockstep."""
-
-    def __call__(self, input_ids, scores):
-        return scores
 
 
 @pytest.fixture

@@ -7,17 +7,16 @@ import torch
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
-    LogitsProcessor,
     LogitsProcessorList,
     StoppingCriteria,
     StoppingCriteriaList,
 )
-from transformers.generation.streamers import BaseStreamer
 
 import std_decode
 from std_decode import sampling
 from std_decode.loop import Decoding
 from std_decode.sampling import Noise
+from tests.decode.observers import Streams, Watches
 
 PATCH = dict(draft_length=4, top_k_keys=6)
 FAMILIES = ("qwen2_vl", "llava_onevision")
@@ -34,30 +33,11 @@ class Ends(StoppingCriteria):
         return torch.arange(len(input_ids)) * 4 + 3 + self.prompt <= input_ids.shape[1]
 
 
-class Watches(LogitsProcessor):
-    """Changes nothing, and remembers what it was shown."""
-
-    def __init__(self):
-        self.calls = []
-
-    def __call__(self, input_ids, scores):
-        self.calls.append(input_ids.clone())
-        return scores
-
-
-class Streams(BaseStreamer):
-    def __init__(self):
-        self.calls = []
-
-    def put(self, value):
-        self.calls.append(value.clone())
-
-    def end(self):
-        self.calls.append(torch.tensor(-1))
-
-
 def same_calls(a, b):
-    return len(a) == len(b) and all(map(torch.equal, a, b))
+    def same(x, y):
+        return torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y
+
+    return len(a) == len(b) and all(map(same, a, b))
 
 
 def ending(case, how, letters):
