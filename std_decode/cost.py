@@ -1,0 +1,76 @@
+"""What drafting costs and gains, in bytes, seconds and tokens.
+
+A decoding step waits for memory: it reads the weights once and the keys and values of every row.
+A draft step reads the same weights (or fewer bytes of them) and a few keys; verification reads all
+of it again, once for all drafts of the round. What comes of it depends on how many drafts agree.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Device:
+    """What bounds a step: memory bandwidth in bytes/s and dense matrix throughput in FLOP/s."""
+
+    bandwidth: float
+    flops: float
+
+    def seconds(self, bytes_moved: float, operations: float) -> float:
+        return max(bytes_moved / self.bandwidth, operations / self.flops)
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One decoding step of a model, at one batch size and context length.
+
+    Attributes:
+        weight_bytes: what a dense step reads of the weights: the text decoder and the LM head.
+        parameters: how many weights that are; each is multiplied once a token.
+        kv_bytes: of one cached token, keys and values, all layers that attend to everything.
+        batch: rows.
+        context: cached tokens of a row.
+        draft_keys: keys of a row that a draft step reads, per layer.
+        draft_weight_bytes: what a draft step reads of the weights; None: the same as a dense one.
+        window_bytes: keys and values of a row in all sliding-window layers, which drafts read too.
+    """
+
+    weight_bytes: float
+    parameters: float
+    kv_bytes: float
+    batch: int
+    context: int
+    draft_keys: int
+    draft_weight_bytes: float | None = None
+    window_bytes: float = 0.0
+
+    def dense_seconds(self, device: Device, tokens: int = 1) -> float:
+        """A dense pass over `tokens` new tokens of each row: a plain step, or a verification."""
+        cached = self.batch * (self.context * self.kv_bytes + self.window_bytes)
+        return device.seconds(
+            self.weight_bytes + cached, 2 * self.parameters * self.batch * tokens
+        )
+
+    def draft_seconds(self, device: Device) -> float:
+        read = min(self.draft_keys, self.context) * self.kv_bytes + self.window_bytes
+        weights = self.weight_bytes
+        if self.draft_weight_bytes is not None:
+            weights = self.draft_weight_bytes
+        return device.seconds(weights + self.batch * read, 2 * self.parameters * self.batch)
+
+    def round_seconds(self, device: Device, gamma: int) -> float:
+        """`gamma` draft steps and the verification of all of them."""
+        return gamma * self.draft_seconds(device) + self.dense_seconds(device, gamma + 1)
+
+
+def expected_tokens(acceptance: float, gamma: int) -> float:
+    """Tokens that a round of `gamma` drafts gives a row, the dense model's own one included.
+
+    Args:
+        acceptance: chance that a draft agrees, given that those before it did, 0 to 1.
+
+    Source: Leviathan et al., Fast Inference from Transformers via Speculative Decoding, 2023,
+    equation 1.
+    """
+    return sum(acceptance**drafts for drafts in range(gamma + 1))
