@@ -14,6 +14,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
+from transformers.generation.utils import ALL_CACHE_NAMES
+
+# What transformers calls the cache in arguments and outputs; the second until 5.23.
+CACHE = "cache" if "cache" in ALL_CACHE_NAMES else "past_key_values"
 
 BUCKET = 256  # capacities are multiples of this many tokens
 NO_MASK = -(2**40)  # a key offset that no mask is ever asked for

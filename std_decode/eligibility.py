@@ -25,7 +25,7 @@ from transformers.generation.stopping_criteria import (
     StopStringCriteria,
 )
 
-from std_decode.cache import BufferLayer, SparseToDenseCache
+from std_decode.cache import CACHE, BufferLayer, SparseToDenseCache
 from std_decode.engine import Engine
 from std_decode.sampling import STATELESS
 from std_decode.selection import plan_selection
@@ -110,7 +110,7 @@ def _probe(model: PreTrainedModel, decoder: nn.Module, layers: dict[int, nn.Modu
     ids = torch.arange(9, device=device)[None] % decoder.config.get_text_config().vocab_size
     positions = torch.arange(9, device=device)[None]
     plain = DynamicCache(config=decoder.config)
-    inputs = dict(input_ids=ids, position_ids=positions, past_key_values=plain, use_cache=True)
+    inputs = {"input_ids": ids, "position_ids": positions, CACHE: plain, "use_cache": True}
     expected = decoder(**inputs).last_hidden_state
     for layer in plain.layers:
         keys, values = tuple(layer.keys.shape), tuple(layer.values.shape)
@@ -206,7 +206,7 @@ def fallback_reason(
     for reason, applies in reasons.items():
         if applies:
             return reason
-    cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
+    cache, mask = kwargs.get(CACHE), kwargs.get("attention_mask")
     unsuitable = _cache_reason(model, cache, len(input_ids))
     if unsuitable is not None:
         return unsuitable

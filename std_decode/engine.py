@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from std_decode.attention import Pass, Phase, attention_of, compiled_for
-from std_decode.cache import BufferLayer, SparseToDenseCache
+from std_decode.cache import CACHE, BufferLayer, SparseToDenseCache
 from std_decode.graphs import Graphs
 from std_decode.selection import Selection
 from std_decode.stats import DecodeStats
@@ -19,7 +19,7 @@ from std_kernels import select_topk
 
 # What generate passes per token that a round works out for itself; the rest it hands on.
 _OWN_INPUTS = {
-    "input_ids", "position_ids", "attention_mask", "past_key_values", "logits_to_keep",
+    "input_ids", "position_ids", "attention_mask", CACHE, "logits_to_keep",
     "token_type_ids", "mm_token_type_ids", "cache_position", "return_dict",
 }  # fmt: skip
 
@@ -247,7 +247,7 @@ class Engine:
         return self.run(running, inputs).logits
 
     def run(self, running: Pass, inputs: dict[str, Any]) -> Any:
-        inputs = {**inputs, "past_key_values": self.cache, "use_cache": True, "return_dict": True}
+        inputs = {**inputs, CACHE: self.cache, "use_cache": True, "return_dict": True}
         with attention_of(self.config, running):
             if self.compiled is None or running.phase == "prefill":
                 return self.forward(**inputs)

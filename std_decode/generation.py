@@ -19,7 +19,7 @@ from transformers import (
 from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.generation.stopping_criteria import MaxLengthCriteria, StopStringCriteria
 
-from std_decode.cache import MOST_NEW_TOKENS
+from std_decode.cache import CACHE, MOST_NEW_TOKENS
 from std_decode.eligibility import fallback_reason, left_padding, lockstep_reason, prompt_parts
 from std_decode.engine import Engine
 from std_decode.lockstep import Lockstep
@@ -52,10 +52,10 @@ def sample(
     if reason is not None:
         options.stats = DecodeStats(fallback=reason)
         return plain(input_ids, processors, criteria, config, synced_gpus, streamer, **kwargs)
-    given: DynamicCache = kwargs["past_key_values"]
+    given: DynamicCache = kwargs[CACHE]
     engine = _engine(model, input_ids, config, kwargs)
     stats, cache = engine.stats, engine.cache
-    kwargs["past_key_values"] = cache
+    kwargs[CACHE] = cache
     stats.lockstep_because = lockstep_reason(input_ids, processors, criteria, config, streamer)
     try:
         if stats.lockstep_because is not None:
@@ -88,7 +88,7 @@ def sample(
         if _outlives(given, config):
             cache.to_dynamic(keep=engine.graphs is not None)
         if config.return_dict_in_generate:
-            output.past_key_values = given
+            setattr(output, CACHE, given)
         if engine.graphs is not None:
             stats = replace(stats, **engine.graphs.account())
             stats.eager_because = stats.eager_because or engine.graphs.failure
@@ -127,7 +127,7 @@ def _engine(
 ) -> Engine:
     """The passes of this call, and room for its tokens."""
     options = model._std_decode
-    given, mask = kwargs["past_key_values"], kwargs.get("attention_mask")
+    given, mask = kwargs[CACHE], kwargs.get("attention_mask")
     past, new = prompt_parts(given, input_ids, mask, config)
     kv_start = left_padding(mask)
     selection = None

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from std_decode.cache import CACHE
 from std_decode.engine import Engine, shared_inputs
 from std_decode.sampling import Drafter
 
@@ -62,7 +63,7 @@ class Lockstep:
         cache.advance(1, cache.longest + 1)  # a rejected draft is just never counted
         logits = self.round.logits[:, self.round.answered, None]
         self.round.answered += 1
-        return CausalLMOutputWithPast(logits=logits, past_key_values=cache)
+        return CausalLMOutputWithPast(logits=logits, **{CACHE: cache})
 
     def agrees(self, round: Round, pending: Tensor) -> bool:
         """Whether every row's chosen token is the drafted one, so that its logits are known."""

@@ -16,7 +16,7 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from std_decode.cache import SparseToDenseCache
+from std_decode.cache import CACHE, SparseToDenseCache
 from std_decode.eligibility import attention_layers
 from std_decode.generation import sample
 from std_decode.pool import Engines
@@ -185,7 +185,7 @@ class _SparseToDense:
     _std_decode: _Patch
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        cache = kwargs.get("past_key_values")
+        cache = kwargs.get(CACHE)
         if isinstance(cache, SparseToDenseCache):
             return cache.answer(**kwargs)
         return super().__call__(*args, **kwargs)  # type: ignore[misc]
