@@ -1,9 +1,11 @@
 """Train the demo model from nothing: ``python -m std_decode.demo.train --help``.
 
 The curriculum goes from short clips to long ones. Two things make the model good at clips far
-longer than a batch can hold: most seconds are idle, and the seconds' temporal positions are
-spread at random over a longer range of position ids, so that no distance is new to it. To scale
-up, add stages; to go on after an interruption, run the same command again.
+longer than a batch can hold. The seconds' temporal positions are spread at random over a longer
+range of position ids, so that no distance is new to it; and each idle second then counts in every
+softmax as often as the range is longer, so that an event stands out among as many idle seconds as
+in a real clip of that length. To scale up, add stages; to go on after an interruption, run the
+same command again.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from std_decode.demo import camera
 from std_decode.demo.model import (
     FOLDER,
     VIDEO_TOKEN,
+    load_model,
     new_model,
     new_tokenizer,
     patchify,
@@ -48,13 +51,13 @@ CURRICULUM = (
 SAVE_EVERY = 100  # updates
 TOKENS_A_BATCH = 5000
 MAX_BATCH, MAX_EVENTS = 16, 16
-PEAK_LEARNING_RATE, WARM_UP, DECAY = 1e-3, 100, 0.3
+WARM_UP, DECAY = 100, 0.3  # updates, and the share of the run in which the rate falls
 
 
-def learning_rate(update: int, updates: int) -> float:
+def learning_rate(update: int, updates: int, peak: float) -> float:
     """Warm-up, a plateau, then a linear fall over the last `DECAY` of the run."""
     fall = min(1.0, (updates - update) / (DECAY * updates))
-    return PEAK_LEARNING_RATE * min(1.0, (update + 1) / WARM_UP) * max(0.03, fall)
+    return peak * min(1.0, (update + 1) / WARM_UP) * max(0.03, fall)
 
 
 def camera_noise(pictures: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -65,30 +68,52 @@ def camera_noise(pictures: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def spread_positions(
-    input_ids: torch.Tensor, positions: torch.Tensor, seconds: int, reach: int, rng
+    input_ids: torch.Tensor, positions: torch.Tensor, seconds: int, span: int, rng
 ) -> torch.Tensor:
-    """Move the seconds of each clip to sorted random places in a range of up to `reach`.
+    """Move the seconds of each clip to sorted random places in a range of `span`.
 
     Args:
         input_ids: ``[B, S]``.
         positions: Qwen2-VL's own position ids, ``[3, B, S]``.
+        span: at least `seconds`.
 
     Returns:
         ``[3, B, S]``: temporal ids of the video spread, the text after it moved behind the range.
     """
     positions = positions.clone()
-    longest = int(seconds * math.exp(rng.random() * math.log(max(1.0, reach / seconds))))
     is_video = input_ids == VIDEO_TOKEN
     first = int(is_video[0].int().argmax())
     after = first + seconds * camera.TOKENS_PER_SECOND
     for row in range(len(input_ids)):
         base = int(positions[0, row, first])
-        places = np.sort(rng.permutation(max(longest, seconds))[:seconds])
+        places = np.sort(rng.permutation(span)[:seconds])
         spread = torch.from_numpy(places).repeat_interleave(camera.TOKENS_PER_SECOND)
         positions[0, row, first:after] = base + spread
         text = torch.arange(input_ids.shape[1] - after)
-        positions[:, row, after:] = base + max(longest, seconds) + text
+        positions[:, row, after:] = base + span + text
     return positions
+
+
+def weighted_causal_mask(clips: list[camera.Clip], first: int, length: int, span: int):
+    """A causal mask in which each idle second counts as often as `span` is longer than the clip.
+
+    Args:
+        clips: of one length, one a row.
+        first: position of the first video token.
+        length: tokens of a row, S.
+
+    Returns:
+        float32 ``[B, 1, S, S]``, added to the attention logits: the log of the count, or -inf.
+    """
+    seconds = clips[0].seconds
+    count = torch.ones(len(clips), length)
+    for row, clip in enumerate(clips):
+        idle = torch.ones(seconds, dtype=torch.bool)
+        idle[[event.second for event in clip.events]] = False
+        video = slice(first, first + seconds * camera.TOKENS_PER_SECOND)
+        count[row, video][idle.repeat_interleave(camera.TOKENS_PER_SECOND)] = span / seconds
+    unseen = torch.full((length, length), -torch.inf).triu(1)
+    return count.log()[:, None, None, :] + unseen
 
 
 def training_batch(model, tokenizer, stage: Stage, rng: np.random.Generator) -> dict:
@@ -120,7 +145,10 @@ def training_batch(model, tokenizer, stage: Stage, rng: np.random.Generator) -> 
         video_grid_thw=batch["video_grid_thw"],
         mm_token_type_ids=batch["mm_token_type_ids"],
     )
-    batch["position_ids"] = spread_positions(input_ids, positions, seconds, stage.reach, rng)
+    span = int(seconds * math.exp(rng.random() * math.log(stage.reach / seconds)))
+    batch["position_ids"] = spread_positions(input_ids, positions, seconds, span, rng)
+    first = int((input_ids[0] == VIDEO_TOKEN).int().argmax())
+    batch["attention_mask"] = weighted_causal_mask(clips, first, input_ids.shape[1], span)
     return batch
 
 
@@ -149,13 +177,27 @@ def save(model, tokenizer, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def train(stages: tuple[Stage, ...], state_file: Path, seed: int, threads: int) -> None:
+def train(
+    stages: tuple[Stage, ...],
+    state_file: Path,
+    seed: int,
+    threads: int,
+    peak: float = 1e-3,
+    start: Path | None = None,
+) -> None:
+    """Train on `stages`, going on from `state_file` where it exists.
+
+    Args:
+        peak: learning rate.
+        start: folder of a model to begin with; None: random weights.
+    """
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
     torch.set_num_threads(threads)
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
-    tokenizer, model = new_tokenizer(), new_model().train()
+    tokenizer = new_tokenizer()
+    model = (new_model() if start is None else load_model(start)).train()
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.01)
     done, total = 0, sum(stage.updates for stage in stages)
     if state_file.exists():
@@ -173,7 +215,7 @@ def train(stages: tuple[Stage, ...], state_file: Path, seed: int, threads: int) 
             stage = stages[int(np.searchsorted(bounds, update, side="right"))]
             batch = training_batch(model, tokenizer, stage, rng)
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(update, total)
+                group["lr"] = learning_rate(update, total, peak)
             with torch.autocast("cpu", torch.bfloat16):
                 output = model(**batch)
             optimizer.zero_grad()
@@ -222,16 +264,25 @@ def main(argv: list[str] | None = None) -> None:
         default=512,
         help="train on the stages up to clips of this length (default: %(default)s)",
     )
+    add("--rate", type=float, default=1e-3, help="peak learning rate (default: %(default)s)")
+    add(
+        "--start",
+        type=Path,
+        metavar="FOLDER",
+        help="begin with the model in this folder, and train on the last of the stages alone",
+    )
     add("--export", action="store_true", help="write the state's model, train nothing")
     options = parser.parse_args(argv)
     stages = tuple(stage for stage in CURRICULUM if stage.seconds <= options.seconds)
+    if options.start is not None:
+        stages = stages[-1:]
     if not options.export:
-        train(stages, options.state, options.seed, options.threads)
+        train(stages, options.state, options.seed, options.threads, options.rate, options.start)
     model, tokenizer = new_model(), new_tokenizer()
     model.load_state_dict(torch.load(options.state, weights_only=True)["model"])
     model.to(torch.bfloat16).float().eval()
-    for seconds in (16, 32, 64, 256):
-        right = narrated_right(model, tokenizer, seconds, clips=25, seed=10_000 + seconds)
+    for seconds, clips in ((32, 25), (256, 25), (1024, 10), (4096, 10)):
+        right = narrated_right(model, tokenizer, seconds, clips, seed=10_000 + seconds)
         print(f"{seconds * camera.TOKENS_PER_SECOND} video tokens: {right:.1%} attributes right")
     save(model, tokenizer, options.out)
 

@@ -4,8 +4,11 @@ import numpy as np
 import pytest
 import torch
 
+from torch.nn.functional import scaled_dot_product_attention as attend
+
 from std_decode.demo import train
-from std_decode.demo.model import VIDEO_TOKEN, new_model, new_tokenizer
+from std_decode.demo.camera import random_clip
+from std_decode.demo.model import FOLDER, VIDEO_TOKEN, load_model, new_model, new_tokenizer
 
 
 @pytest.fixture
@@ -58,7 +61,32 @@ def test_seconds_are_spread_in_order_and_the_text_follows(tiny_stages):
     assert min(reached) < 20 and 100 < max(reached) <= 503
 
 
+def test_an_idle_second_counts_as_often_as_the_clip_is_spread():
+    """Attention over the weighted clip is that over a clip in which idle seconds are repeated."""
+    clip = random_clip(seconds=6, events=2, rng=np.random.default_rng(1))
+    first, length, span = 2, 2 + 6 * 4 + 3, 18
+    mask = train.weighted_causal_mask([clip], first, length, span)
+    times = torch.full((length,), 1)
+    events = [event.second for event in clip.events]
+    for second in set(range(6)) - set(events):
+        times[first + 4 * second : first + 4 * second + 4] = 3
+    torch.manual_seed(0)
+    query, key, value = torch.randn(3, 1, 1, length, 8).double()
+    got = attend(query[:, :, -1:], key, value, attn_mask=mask[:, :, -1:].double())
+    repeated = [x.repeat_interleave(times, dim=2) for x in (key, value)]
+    torch.testing.assert_close(got, attend(query[:, :, -1:], *repeated))
+    assert mask[0, 0].isinf().equal(torch.ones(length, length).triu(1).bool())
+
+
+def test_training_begins_with_a_given_model(tmp_path, tiny_stages):
+    """At a learning rate of next to nothing it stays what it was."""
+    train.train(tiny_stages[-1:], tmp_path / "state.pt", 0, 1, peak=1e-12, start=FOLDER)
+    state, given = torch.load(tmp_path / "state.pt", weights_only=True), load_model().state_dict()
+    for name, value in given.items():
+        torch.testing.assert_close(state["model"][name], value, atol=1e-8, rtol=0)
+
+
 def test_the_learning_rate_rises_stays_and_falls():
-    rates = [train.learning_rate(update, 1000) for update in range(1000)]
-    assert rates[0] < rates[50] < rates[100] == rates[500] == train.PEAK_LEARNING_RATE
+    rates = [train.learning_rate(update, 1000, 1e-3) for update in range(1000)]
+    assert rates[0] < rates[50] < rates[100] == rates[500] == 1e-3
     assert rates[700] > rates[850] > rates[999] > 0
