@@ -2,16 +2,16 @@
 
 import argparse
 import sys
+from importlib import import_module
 
-from bench import compile as compile_command
-from bench import decode as decode_command
-from bench import gpu as gpu_command
+_COMMANDS = ("compile", "decode", "roofline", "gpu")
 
 _EPILOG = """\
 examples:
   python -m bench compile                       compile every kernel for five GPUs, without one
   python -m bench compile --arch sm_90 --op select_topk
   python -m bench decode --quick                 a whole model's decoding, here a tiny one's
+  python -m bench roofline --model qwen2-vl-7b --gpu h200 --batch 8 --context 25000
   python -m bench gpu --out round1              on a GPU: test, then time, in under 9 minutes
 """
 
@@ -19,13 +19,16 @@ examples:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m bench",
-        description="Measures and inspects the kernels of std_kernels, and decoding with them.",
+        description="Inspects and measures the kernels of std_kernels and decoding with them.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for command in (compile_command, decode_command, gpu_command):
-        command.add_parser(commands)
+    argv = sys.argv[1:] if argv is None else argv
+    # One that is named is imported alone: some commands need torch to say what they take.
+    named = [command for command in _COMMANDS if command in argv[:1]]
+    for command in named or _COMMANDS:
+        import_module(f"bench.{command}").add_parser(commands)
     options = parser.parse_args(argv)
     return options.run(options)
 

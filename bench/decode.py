@@ -13,6 +13,8 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+from bench.models import SHAPES
+
 _HELP = """\
 Times decoding over a KV cache of --context tokens a row, on a model of real dimensions whose
 weights are random. Side by side in one run: transformers generate (sdpa, growing cache), the same
@@ -68,7 +70,9 @@ _QUICK: dict[str, Any] = dict(
 )
 
 
-def _between(kind: Callable[[str], Any], least: float, most: float) -> Callable[[str], Any]:
+def between(kind: Callable[[str], Any], least: float, most: float) -> Callable[[str], Any]:
+    """The type of an argument that is a number in a range."""
+
     def parse(text: str) -> Any:
         try:
             value = kind(text)
@@ -91,25 +95,24 @@ def add_parser(commands: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    count = _between(int, 1, 2**31)
-    add("--shape", metavar="NAME", help="qwen2-vl-7b (default), llava-onevision-7b, llama-3-8b or"
-        " tiny")  # fmt: skip
+    count = between(int, 1, 2**31)
+    add("--shape", metavar="NAME", help=f"of {', '.join(SHAPES)} (default qwen2-vl-7b)")
     add("--batch", type=count, nargs="+", metavar="B", help="rows (default 1)")
-    add("--context", type=_between(int, 16, 2**31), nargs="+", metavar="S",
+    add("--context", type=between(int, 16, 2**31), nargs="+", metavar="S",
         help="tokens a row has in the cache (default 25000)")  # fmt: skip
-    add("--acceptance", type=_between(float, 0, 1), nargs="+", metavar="P", default=[0.9],
+    add("--acceptance", type=between(float, 0, 1), nargs="+", metavar="P", default=[0.9],
         help="forced: the chance that a draft agrees (default 0.9)")  # fmt: skip
-    add("--draft-length", type=_between(int, 1, 63), nargs="+", metavar="G", default=[4],
+    add("--draft-length", type=between(int, 1, 63), nargs="+", metavar="G", default=[4],
         help="tokens drafted a round (default 4)")  # fmt: skip
     add("--top-k-keys", type=count, nargs="+", metavar="K",
         help="keys a draft reads per layer and KV head (default 1024)")  # fmt: skip
-    add("--new-tokens", type=_between(int, 2, 2**31), metavar="N",
+    add("--new-tokens", type=between(int, 2, 2**31), metavar="N",
         help="tokens per row and run (default 64)")  # fmt: skip
     add("--runs", type=count, default=5, metavar="R", help="runs per figure (default 5)")
     add("--dtype", choices=["bfloat16", "float16", "float32"],
         help="default: bfloat16 on a GPU, float32 on the CPU")  # fmt: skip
     add("--device", metavar="DEVICE", help="cuda or cpu (default: a GPU if there is one)")
-    add("--seconds", type=_between(float, 0, 2**31), metavar="T",
+    add("--seconds", type=between(float, 0, 2**31), metavar="T",
         help="time box; what does not fit is listed as skipped (default 300)")  # fmt: skip
     add("--ways", choices=WAYS, nargs="+", default=WAYS, metavar="WAY",
         help=f"of {', '.join(WAYS)}; transformers generate always is (default: all)")  # fmt: skip
@@ -175,8 +178,6 @@ def _run(options: argparse.Namespace, clock: Callable[[], float], deadline: floa
 
 def _setting(options: argparse.Namespace) -> tuple[Any, Any, Any]:
     import torch
-
-    from bench.shapes import SHAPES
 
     name = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:

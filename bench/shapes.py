@@ -11,37 +11,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bench.models import SHAPES, Shape
 
-@dataclass(frozen=True)
-class Shape:
-    """The text decoder of a model that people run; the vision tower is a stub, it never runs."""
-
-    family: str
-    hidden: int
-    layers: int
-    heads: int
-    kv_heads: int
-    intermediate: int
-    vocabulary: int
-    rope_theta: float = 1e6
-    initializer_range: float = 0.02
-
-
-SHAPES = {
-    "qwen2-vl-7b": Shape("qwen2_vl", 3584, 28, 28, 4, 18944, 152064),
-    "llava-onevision-7b": Shape("llava_onevision", 3584, 28, 28, 4, 18944, 152128),
-    "llama-3-8b": Shape("llama", 4096, 32, 32, 8, 14336, 128256, 5e5),
-    # Wide weights: attention is far from uniform, and the two best tokens are rarely close.
-    "tiny": Shape("qwen2_vl", 64, 2, 4, 2, 96, 128, 1e4, 0.2),
+__all__ = ["SHAPES", "Shape"]  # of bench.models, for whoever builds them
+_CLASSES = {
+    "qwen2_vl": "Qwen2VL",
+    "qwen2_5_vl": "Qwen2_5_VL",
+    "qwen3_vl": "Qwen3VL",
+    "qwen3_vl_moe": "Qwen3VLMoe",
+    "internvl": "InternVL",
+    "llava_onevision": "LlavaOnevision",
+    "llava_next_video": "LlavaNextVideo",
 }
 SPECIAL = 8  # last ids of the vocabulary, which prompts leave to the visual placeholders
 
 
 def model_class_and_config(shape: Shape) -> tuple[Any, Any]:
+    """The class in transformers, and a config of these dimensions; the vision tower is a stub."""
     import transformers
 
-    half = shape.hidden // shape.heads // 2
-    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": shape.rope_theta}
     text: dict[str, Any] = dict(
         vocab_size=shape.vocabulary,
         hidden_size=shape.hidden,
@@ -49,41 +37,54 @@ def model_class_and_config(shape: Shape) -> tuple[Any, Any]:
         num_hidden_layers=shape.layers,
         num_attention_heads=shape.heads,
         num_key_value_heads=shape.kv_heads,
+        head_dim=shape.head_dim,
         max_position_embeddings=131072,
         initializer_range=shape.initializer_range,
-        rope_parameters=rope,
+        rope_parameters={"rope_type": "default", "rope_theta": shape.rope_theta},
         tie_word_embeddings=False,
         pad_token_id=0,
         bos_token_id=1,
         eos_token_id=None,  # every run is as long as asked for
     )
-    image, video, start, end = range(shape.vocabulary - 4, shape.vocabulary)
+    if shape.experts:
+        text |= dict(
+            num_experts=shape.experts,
+            num_experts_per_tok=shape.experts_per_token,
+            moe_intermediate_size=shape.intermediate,
+        )
     if shape.family == "llama":
         return transformers.LlamaForCausalLM, transformers.LlamaConfig(**text)
-    if shape.family == "qwen2_vl":
-        rope["mrope_section"] = [half // 4, half * 3 // 8, half * 3 // 8]
-        vision: dict[str, Any] = dict(depth=1, embed_dim=32, num_heads=2, mlp_ratio=2)
-        config = transformers.Qwen2VLConfig(
-            text_config=text,
-            vision_config={**vision, "hidden_size": shape.hidden, "patch_size": 4},
-            image_token_id=image,
-            video_token_id=video,
-            vision_start_token_id=start,
-            vision_end_token_id=end,
-            tie_word_embeddings=False,
-        )
-        return transformers.Qwen2VLForConditionalGeneration, config
-    vision = dict(model_type="siglip_vision_model", hidden_size=32, intermediate_size=64)
-    vision |= dict(num_hidden_layers=1, num_attention_heads=2, image_size=32, patch_size=4)
-    config = transformers.LlavaOnevisionConfig(
-        text_config={**text, "model_type": "qwen2"},
-        vision_config={**vision, "vision_use_head": False},
-        image_token_index=image,
-        video_token_index=video,
-        image_grid_pinpoints=[[32, 32]],
-        tie_word_embeddings=False,
+    image, video, start, end = range(shape.vocabulary - 4, shape.vocabulary)
+    tokens: dict[str, Any] = dict(image_token_id=image, video_token_id=video)
+    vision: dict[str, Any] = dict(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2
     )
-    return transformers.LlavaOnevisionForConditionalGeneration, config
+    if shape.family.startswith("qwen"):
+        half = shape.head_dim // 2
+        text["rope_parameters"]["mrope_section"] = [half // 4, half * 3 // 8, half * 3 // 8]
+        tokens |= dict(vision_start_token_id=start, vision_end_token_id=end)
+        vision = dict(depth=1, num_heads=2, patch_size=4)
+        if shape.family == "qwen2_vl":
+            vision |= dict(embed_dim=32, mlp_ratio=2, hidden_size=shape.hidden)
+        else:
+            vision |= dict(hidden_size=32, intermediate_size=64, out_hidden_size=shape.hidden)
+        if shape.family.startswith("qwen3"):
+            vision |= dict(deepstack_visual_indexes=[], num_position_embeddings=16)
+    elif shape.family == "internvl":
+        vision |= dict(image_size=[32, 32], patch_size=[4, 4])
+    else:
+        tower = "siglip" if shape.family == "llava_onevision" else "clip"
+        vision |= dict(model_type=f"{tower}_vision_model", image_size=32, patch_size=4)
+        vision |= dict(vision_use_head=False) if tower == "siglip" else {}
+        tokens = dict(image_token_index=image, video_token_index=video)
+        tokens |= dict(image_grid_pinpoints=[[32, 32]])
+    if not shape.family.startswith("qwen"):
+        text["model_type"] = shape.text_family
+    name = _CLASSES[shape.family]
+    config = getattr(transformers, f"{name}Config")(
+        text_config=text, vision_config=vision, tie_word_embeddings=False, **tokens
+    )
+    return getattr(transformers, f"{name}ForConditionalGeneration"), config
 
 
 def build(shape: Shape, dtype: torch.dtype, device: torch.device, seed: int) -> Any:
@@ -137,8 +138,7 @@ def parameter_bytes(shape: Shape, dtype: torch.dtype) -> int:
 
 def kv_bytes(shape: Shape, dtype: torch.dtype) -> int:
     """Of one token, keys and values, all layers."""
-    head_dim = shape.hidden // shape.heads
-    return 2 * shape.layers * shape.kv_heads * head_dim * dtype.itemsize
+    return shape.kv_values * dtype.itemsize
 
 
 def kv_bytes_of(cache: Any) -> int:

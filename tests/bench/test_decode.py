@@ -252,9 +252,11 @@ def test_shapes_are_those_of_real_models(name, billions, kv):
     assert shapes.kv_bytes(shape, torch.bfloat16) == kv
 
 
-@pytest.mark.parametrize("family", ["llava_onevision", "llama"])
-def test_every_family_decodes(family):
-    shape = shapes.Shape(family, 64, 2, 4, 2, 96, 128, 1e4, 0.2)
+@pytest.mark.parametrize("family", ["llava_onevision", "llama", "qwen3_vl", "qwen3_vl_moe"])
+def test_families_decode(family):
+    more = {"head_dim": 32} if family.startswith("qwen3") else {}
+    more |= {"experts": 4, "experts_per_token": 2} if family.endswith("moe") else {}
+    shape = shapes.Shape(family, 64, 2, 4, 2, 96, 128, 1e4, 0.2, **more)
     prompt = shapes.Prompt(shapes.build(shape, torch.float32, CPU, 0), 40, seed=0)
     one = make_cell(prompt, new_tokens=12)
     one.run()
