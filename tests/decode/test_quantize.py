@@ -13,6 +13,13 @@ PATCH = dict(draft_weights="int4", draft_length=4, top_k_keys=6)
 EVERY_KEY = 10_000
 
 
+@pytest.fixture
+def whole(make_case, monkeypatch):
+    """Cases whose LM head can have a twin too."""
+    monkeypatch.setitem(make_case.text, "vocab_size", 128)
+    return make_case
+
+
 @pytest.mark.parametrize("dtype", quantize.FLOATS, ids=str)
 @pytest.mark.parametrize(("rows", "columns"), [(16, 32), (48, 96), (80, 64), (16, 384)])
 def test_a_weight_is_off_by_half_a_step_at_most(rows, columns, dtype):
@@ -97,14 +104,41 @@ def test_bytes_are_those_that_are_stated():
         assert quantize.pack(copy.values).nbytes == copy.values.nbytes
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [1, 3, 16, 33])
+@pytest.mark.parametrize("columns", [96, 192, 384, 3584])
+def test_the_product_on_a_gpu(rows, columns):
+    """In whatever order its kernel packs them, the weights are the rounded ones."""
+    weight = torch.randn(336, columns, device="cuda", dtype=torch.bfloat16)
+    copy = quantize.quantize(weight)
+    assert torch.equal(copy.values.cpu(), quantize.quantize(weight.cpu()).values)
+    given = torch.randn(rows, columns, device="cuda", dtype=torch.bfloat16)
+    got = quantize.linear(given, quantize.pack(copy.values), copy.scales, copy.group, None)
+    rounded = quantize.dequantize(copy)
+    exact, plain = linear(given.double(), rounded.double()), linear(given, rounded.bfloat16())
+    allowed = 2 * (plain.double() - exact).abs().max() + 2**-8 * exact.abs().max()
+    assert (got.double() - exact).abs().max() <= allowed
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", [{}, {"compile": True}, {"cuda_graphs": False}], ids=str)
+@pytest.mark.parametrize("family", ["qwen2_vl", "gemma3"])
+def test_same_tokens_on_a_gpu(whole, family, options):
+    torch.backends.cuda.matmul.allow_tf32 = False
+    for rows, do_sample in ((1, False), (3, True)):
+        case = whole(family, 1, rows, do_sample=do_sample)
+        case.model.to("cuda")
+        case.inputs = {name: value.to("cuda") for name, value in case.inputs.items()}
+        expected = case.generate()
+        with std_decode.patched(case.model, **PATCH, **options):
+            for _ in range(3):
+                case.assert_same_tokens(expected, case.generate())
+            stats = std_decode.last_stats(case.model)
+        assert stats.draft_weights == "int4" and stats.twinned_layers == 22
+        assert (stats.graph_replays > 0) == ("cuda_graphs" not in options)
+
+
 # The promise
-
-
-@pytest.fixture
-def whole(make_case, monkeypatch):
-    """Cases whose LM head can have a twin too."""
-    monkeypatch.setitem(make_case.text, "vocab_size", 128)
-    return make_case
 
 
 @pytest.mark.parametrize("seed", range(3))
