@@ -119,7 +119,7 @@ def patch(
         )
     layers = attention_layers(target)
     gamma = AUTO_DRAFT_LENGTH if draft_length == "auto" else draft_length
-    drafting = weights.prepare(target, draft_weights, draft_weights_cache, top_k_keys)
+    drafting = weights.prepare(target, draft_weights, draft_weights_cache, top_k_keys, compile)
     target._std_decode = _Patch(
         type(target),
         layers,

@@ -106,15 +106,40 @@ def test_layers_that_the_kernel_refuses_keep_their_weights(make_case, monkeypatc
     case.model.model.layers[0].self_attn.q_proj.forward = lambda x: 0 * x
     case.model.model.layers[0].self_attn.k_proj.double()
     case.model.model.layers[0].self_attn.v_proj.to("meta")
-    found = Twins(case.model)
+    found = Twins(case.model, compiles=True)
     assert {twin.name for twin in found.twins} == {
         f"model.layers.{i}.self_attn.{x}_proj" for i in range(3) for x in "qkvo"[3 * (not i) :]
     }
     words = found.why_kept()
-    assert "1 x a replaced forward" in words and "1 x a weight of float64" in words
+    assert "1 x a replaced forward, which compile" in words and "1 x a weight of float64" in words
     assert "1 x weights are offloaded" in words
     assert "6 x [72, 64], where the kernel takes multiples of [16, 32]" in words
     assert "1 x [120, 64]" in words and "3 x [64, 72]" in words
+
+
+def test_a_replaced_forward_reads_the_twin_too(make_case, monkeypatch):
+    """As under tensor parallelism: what it does around the product stays, captured or not."""
+    case, calls = make_case("llama", 1), []
+    for layer in case.model.modules():
+        if type(layer) is nn.Linear:
+            layer.forward = lambda x, inner=layer.forward: calls.append(1) or inner(x) + 0.0
+    expected, before = case.generate(), traces(case.model)
+    recording = Recording()
+    monkeypatch.setattr(graphs, "unavailable", lambda devices: None)
+    monkeypatch.setattr(graphs, "capture", recording)
+    for captured in (False, True):
+        with std_decode.patched(case.model, cuda_graphs=captured, **PATCH):
+            assert not twinned(case.model)
+            for _ in range(3):
+                case.assert_same_tokens(expected, case.generate())
+            stats = std_decode.last_stats(case.model)
+            assert (stats.twinned_layers, stats.kept_layers) == (22, 0)
+            assert 0 < stats.acceptance_rate < 1 and (stats.graph_replays > 0) == captured
+            for twin in case.model._std_decode.draft_weights.twins.twins:
+                twin.scales.fill_(float("nan"))
+            case.assert_same_tokens(expected, case.generate())
+            assert std_decode.last_stats(case.model).accepted <= 1
+        assert traces(case.model) == before
 
 
 def test_quantised_models_draft_with_what_they_have(make_case):
