@@ -4,10 +4,11 @@ import argparse
 import sys
 from importlib import import_module
 
-_COMMANDS = ("compile", "decode", "roofline", "gpu")
+_COMMANDS = ("acceptance", "compile", "decode", "roofline", "gpu")
 
 _EPILOG = """\
 examples:
+  python -m bench acceptance                    with and without 4-bit drafts, demo model
   python -m bench compile                       compile every kernel for five GPUs, without one
   python -m bench compile --arch sm_90 --op select_topk
   python -m bench decode --quick                 a whole model's decoding, here a tiny one's

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -17,7 +18,7 @@ from torch import Tensor
 
 import std_decode
 from bench import probes
-from bench.shapes import Prompt, kv_bytes_of, weight_bytes
+from bench.shapes import Prompt, draft_weight_bytes, kv_bytes_of, weight_bytes
 from bench.tables import Results
 
 NEAR_TIE = 1e-4  # of log-probability: in float32 rounding may decide below it, as in the tests
@@ -78,9 +79,13 @@ class Cell:
             self.guard(f"ours, dense{suffix}", lambda name: self.ours(name, patch))
         if "forced" not in options.ways:
             return
-        for asked, *given in product(options.acceptance, options.draft_length, options.top_k_keys):
-            part = partial(self.ours, patch=patch, acceptance=asked, gamma=given[0], keys=given[1])
-            self.guard(f"ours, forced acceptance {asked:g}{suffix}", part)
+        for weights, asked, gamma, keys in product(
+            options.draft_weights, options.acceptance, options.draft_length, options.top_k_keys
+        ):
+            given = patch if weights == "own" else {**patch, "draft_weights": weights}
+            drafts = "" if weights == "own" else f", {weights} drafts"
+            part = partial(self.ours, patch=given, acceptance=asked, gamma=gamma, keys=keys)
+            self.guard(f"ours, forced acceptance {asked:g}{drafts}{suffix}", part)
 
     def guard(self, name: str, part: Callable[[str], None]) -> None:
         """Whatever one part runs into must not cost the others."""
@@ -147,7 +152,10 @@ class Cell:
         if acceptance is not None:
             inputs = {"acceptance": acceptance, "draft_length": gamma, "top_k_keys": keys}
         self.inputs = inputs
+        started = time.perf_counter()
         with std_decode.patched(self.model, **patch):
+            probes.synchronize(self.device)
+            patching = time.perf_counter() - started
             with self.bounded() if patch.get("compile") else nullcontext():
                 first, tokens = self.first_use(lambda: self.prompt.tokens(self.n))
                 planned = None
@@ -167,8 +175,8 @@ class Cell:
                     record["tokens_per_pass"] = stats.mean_accepted_length
                     record["tokens_per_pass_asked"] = sum(acceptance**i for i in range(gamma + 1))
                     record["accepted_of_drafted"] = stats.acceptance_rate
-                eager = getattr(stats, "eager_because", None)
-                self.keep(name, record, first, tokens, f"no graphs: {eager}" if eager else "")
+                record |= {"patch_s": patching, "draft_weight_bytes": stats.draft_weight_bytes}
+                self.keep(name, record, first, tokens, note_of(stats, patching))
                 self.keep_passes(name, gamma)
         if patch.get("compile"):
             torch.compiler.reset()  # the same code compiled too often is refused
@@ -297,7 +305,8 @@ class Cell:
                 busy = (more.busy_ms - one.busy_ms) / many
             profile = probes.Profile(round((more.count - one.count) / many), busy)
         times = {key: record[key] for key in ("ms", "ms_p20", "ms_p80")}
-        self.keep_pass(name, "step", times, profile, self.prompt.context + self.n / 2)
+        keys = self.prompt.context + self.n / 2
+        self.keep_pass(name, "step", times, profile, keys, self.weights)
 
     def keep_passes(self, name: str, gamma: int) -> None:
         if self.clock() >= self.deadline:
@@ -311,10 +320,13 @@ class Cell:
             self.prompt.tokens(self.n)
         everything = self.prompt.context + self.n / 2
         for kind, spans in times.milliseconds.items():
-            keys = everything
+            keys, weights = everything, self.weights
+            if kind == "draft":
+                weights = draft_weight_bytes(self.model)
             if kind == "draft" and times.keys_read is not None:
                 keys = times.keys_read + self.n / 2
-            self.keep_pass(name, kind, quantiles(spans), looks.profiles.get(kind), keys)
+            profile = looks.profiles.get(kind)
+            self.keep_pass(name, kind, quantiles(spans), profile, keys, weights)
 
     def keep_pass(
         self,
@@ -323,8 +335,9 @@ class Cell:
         times: dict[str, float],
         profile: probes.Profile | None,
         keys: float,
+        weights: int,
     ) -> None:
-        moved = self.weights + self.batch * keys * kv_bytes_of(self.prompt.cache)
+        moved = weights + self.batch * keys * kv_bytes_of(self.prompt.cache)
         busy = profile.busy_ms if profile is not None else None
         self.results.keep({
             "kind": "pass", "what": name, "pass": kind, "status": "ok", **self.where,
@@ -335,6 +348,15 @@ class Cell:
             "bytes": round(moved),
             "of_copy": moved / 1e6 / self.bandwidth / times["ms"],
         })  # fmt: skip
+
+
+def note_of(stats: std_decode.DecodeStats, patching: float) -> str:
+    notes = [f"no graphs: {stats.eager_because}" if stats.eager_because else None]
+    if stats.draft_weights is not None:
+        size = stats.draft_weight_bytes / 1e9
+        notes.append(f"{size:.2f} GB of {stats.draft_weights} copies, made in {patching:.1f} s")
+    notes.append(stats.draft_weights_because)
+    return "; ".join(filter(None, notes))
 
 
 def quantiles(values: list[float]) -> dict[str, float]:

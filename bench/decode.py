@@ -22,6 +22,8 @@ over a static cache (compiled as transformers does by itself on a GPU), our dens
 (draft_length=0), and drafting at each forced acceptance; on a GPU the last two also with
 patch(compile=True) and with cuda_graphs=False. --ways picks some of these.
 
+--draft-weights int4 drafts with 4-bit copies of the weights; how long making them took is noted.
+
 FORCED ACCEPTANCE. Random weights say nothing about how many drafts a model accepts, so that is an
 input, --acceptance: the chance that a draft agrees, given that those before it did. The draft pass
 runs and costs what it costs; then its token is replaced by the one that verification is going to
@@ -54,6 +56,7 @@ _EXAMPLES = """\
 examples:
   python -m bench decode --quick                       a tiny model on the CPU, under a minute
   python -m bench decode --shape qwen2-vl-7b --batch 1 --context 25000 --out round1
+  python -m bench decode --shape qwen2-vl-7b --draft-weights own int4 --out weights
   python -m bench decode --shape llama-3-8b --batch 1 8 32 --context 8000 25000 \\
       --acceptance 0.48 0.82 0.9 --draft-length 2 4 --seconds 550 --out grid"""
 WAYS = ["dense", "forced", "static", "compiled", "no-graphs"]
@@ -106,6 +109,9 @@ def add_parser(commands: Any) -> None:
         help="tokens drafted a round (default 4)")  # fmt: skip
     add("--top-k-keys", type=count, nargs="+", metavar="K",
         help="keys a draft reads per layer and KV head (default 1024)")  # fmt: skip
+    add("--draft-weights", choices=["own", "int4"], nargs="+", metavar="W", default=["own"],
+        help="own or int4 or both: what drafts read, the model's weights or 4-bit copies of them "
+        "(patch(draft_weights=\"int4\")) (default own)")  # fmt: skip
     add("--new-tokens", type=between(int, 2, 2**31), metavar="N",
         help="tokens per row and run (default 64)")  # fmt: skip
     add("--runs", type=count, default=5, metavar="R", help="runs per figure (default 5)")
@@ -151,7 +157,8 @@ def _run(options: argparse.Namespace, clock: Callable[[], float], deadline: floa
     device, dtype, shape = _setting(options)
     cells = sorted(product(options.context, options.batch))
     results = tables.Results(options.out, shape.layers)
-    fitting = _that_fit(cells, shape, dtype, device, options.new_tokens, results)
+    twins = "int4" in options.draft_weights
+    fitting = _that_fit(cells, shape, dtype, device, options.new_tokens, results, twins)
     probes.prepare_profiler(device)
     bandwidth = copy_bandwidth(device)
     results.keep(environment(options, device, dtype, bandwidth))
@@ -195,13 +202,19 @@ def _setting(options: argparse.Namespace) -> tuple[Any, Any, Any]:
 
 
 def _that_fit(
-    cells: list[tuple[int, int]], shape: Any, dtype: Any, device: Any, new: int, results: Any
+    cells: list[tuple[int, int]],
+    shape: Any,
+    dtype: Any,
+    device: Any,
+    new: int,
+    results: Any,
+    twins: bool,
 ) -> list[tuple[int, int]]:
     from bench.shapes import needs
 
     fitting, refused = [], []
     for context, batch in cells:
-        needed = needs(shape, dtype, device, batch, context + new)
+        needed = needs(shape, dtype, device, batch, context + new, twins)
         if needed.total <= needed.free:
             fitting.append((context, batch))
             continue

@@ -103,7 +103,8 @@ def run_tests(out: Path, seconds: float) -> bool:
     return _run_apart("tests", command, out / "tests.log", seconds)
 
 
-DECODING = ["--shape", "qwen2-vl-7b", "--batch", "1", "8", "--context", "25000"]
+DECODING = ["--shape", "qwen2-vl-7b", "--batch", "1", "8", "--context", "25000",
+            "--draft-weights", "own", "int4"]  # fmt: skip
 
 
 def time_decoding(out: Path, seconds: float, options: list[str], grace: float = GRACE) -> bool:

@@ -12,11 +12,13 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import std_kernels as sk
+from std_decode import quantize
 from std_kernels import reference
 
 # A 7B video LLM: 28 layers, 28 query heads, 4 KV heads, head dim 128.
 LAYERS, HQ, HKV, D = 28, 28, 4, 128
 DTYPE = torch.bfloat16
+UP, DOWN, HEAD = (18944, 3584), (3584, 18944), (152064, 3584)  # its MLP and LM head
 BACKENDS = {
     "sdpa flash": SDPBackend.FLASH_ATTENTION,
     "sdpa efficient": SDPBackend.EFFICIENT_ATTENTION,
@@ -52,6 +54,8 @@ def cases(device: torch.device, small: bool = False) -> Iterator[Callable[[], Ca
         yield partial(_select, device, min(B, least), N // cut, k // cut, small)
     for B, N, K in ((1, 131072, 1024), (16, 32768, 1024), (1, 131072, 3072)):
         yield partial(_sparse, device, min(B, least), N // cut, K // cut)
+    for rows, shape in ((1, UP), (4, UP), (16, UP), (32, UP), (1, DOWN), (1, HEAD)):
+        yield partial(_int4_linear, device, rows, (64, 256) if small else shape)
     for B, N in ((1, 25088), (1, 131072), (16, 32768)):
         yield partial(_score, device, min(B, least), N // cut, 64)
 
@@ -176,6 +180,30 @@ def _sparse(device: torch.device, B: int, N: int, K: int) -> Case:
 
     size = f"B {B}, N {N}, K {K} + {tail}"
     return Case("sparse_attention", size, moved, run, check, {"gather + sdpa": gathered})
+
+
+def _int4_linear(device: torch.device, rows: int, shape: tuple[int, int]) -> Case:
+    """PyTorch's matmul with the 4-bit weights of a draft, beside that with bfloat16 ones."""
+    weight = torch.randn(shape, device=device, dtype=DTYPE) / shape[1] ** 0.5
+    given = torch.randn(rows, shape[1], device=device, dtype=DTYPE)
+    copy = quantize.quantize(weight)
+    packed = quantize.pack(copy.values)
+    moved = quantize.nbytes(*shape) + 2 * rows * sum(shape)
+
+    def run() -> Tensor:
+        return quantize.linear(given, packed, copy.scales, copy.group, None)
+
+    def check() -> float:
+        rounded = quantize.dequantize(copy)
+        worst = 0.0
+        for part, got in zip(rounded.split(4096), run().split(4096, dim=1)):
+            exact = F.linear(given.double(), part.double())
+            worst = max(worst, _excess(got, exact, F.linear(given, part.to(DTYPE)), 2**-8))
+        return worst
+
+    size = f"{rows} x [{shape[0]}, {shape[1]}]"
+    rivals = {"bfloat16 weights": lambda: F.linear(given, weight)}
+    return Case("int4 linear", size, moved, run, check, rivals, "of PyTorch; GB/s of 4-bit bytes")
 
 
 def _score(device: torch.device, B: int, N: int, W: int) -> Case:

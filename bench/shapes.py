@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -12,6 +11,9 @@ import torch
 from torch import Tensor
 
 from bench.models import SHAPES, Shape
+from std_decode import last_stats
+from std_decode.memory import free_memory
+from std_decode.twins import TwinnedLinear
 
 __all__ = ["SHAPES", "Shape"]  # of bench.models, for whoever builds them
 _CLASSES = {
@@ -106,26 +108,36 @@ class Needs:
     kv: int
     activations: int  # of reading the prompt, one row
     free: int
+    twins: int = 0  # 4-bit copies of the weights
 
     @property
     def total(self) -> int:
         # The prompt's cache is kept for the next run while a run works on its own. The tenth on
         # top is for growth, for one layer that is there twice, and for the libraries.
-        return int(1.1 * (self.weights + 2 * self.kv + self.activations)) + (1 << 26)
+        counted = self.weights + self.twins + 2 * self.kv + self.activations
+        return int(1.1 * counted) + (1 << 26)
 
     def __str__(self) -> str:
         numbers = [self.total, self.weights, self.kv, self.free]
         total, weights, kv, free = (f"{x / 1e9:.2f} GB" for x in numbers)
-        return f"about {total} ({weights} of weights, twice {kv} of KV cache), {free} are free"
+        copies = f", {self.twins / 1e9:.2f} GB of 4-bit copies" if self.twins else ""
+        parts = f"{weights} of weights{copies}, twice {kv} of KV cache"
+        return f"about {total} ({parts}), {free} are free"
 
 
 def needs(
-    shape: Shape, dtype: torch.dtype, device: torch.device, batch: int, tokens: int
+    shape: Shape,
+    dtype: torch.dtype,
+    device: torch.device,
+    batch: int,
+    tokens: int,
+    twins: bool = False,
 ) -> Needs:
     """What decoding up to `tokens` tokens a row will take, and what there is."""
     kv = batch * tokens * kv_bytes(shape, dtype)
     activations = 4 * tokens * shape.intermediate * dtype.itemsize
-    return Needs(parameter_bytes(shape, dtype), kv, activations, free_memory(device))
+    copies = round(shape.stored_bytes(True) - shape.stored_bytes(False)) if twins else 0
+    return Needs(parameter_bytes(shape, dtype), kv, activations, free_memory(device), copies)
 
 
 @lru_cache
@@ -154,16 +166,12 @@ def weight_bytes(model: Any) -> int:
     return sum({**decoder, id(head): head.nbytes}.values())
 
 
-def free_memory(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    try:
-        with open("/proc/meminfo", encoding="ascii") as file:
-            lines = dict(line.split(":") for line in file)
-        return 1024 * int(lines["MemAvailable"].split()[0])
-    except (OSError, KeyError):  # macOS, Windows: what is there stands in for what is free
-        pages = getattr(os, "sysconf", lambda name: 1 << 20)
-        return pages("SC_PHYS_PAGES") * pages("SC_PAGE_SIZE")
+def draft_weight_bytes(model: Any) -> int:
+    """What a draft of a patched model reads: twins where there are some, else `weight_bytes`."""
+    layers = [module for module in model.modules() if isinstance(module, TwinnedLinear)]
+    stats = last_stats(model)
+    twins = stats.draft_weight_bytes if stats is not None else 0
+    return weight_bytes(model) - sum(layer.weight.nbytes for layer in layers) + twins
 
 
 class Prompt:

@@ -44,6 +44,7 @@ class Pass:
         layers: the attention modules that take part, by `layer_idx`.
         selection: None where nothing will be drafted, hence nothing is scored.
         rescore: whether verification hands out scores for a new selection.
+        twins: whose 4-bit weights the pass reads (`std_decode.twins.Twins`), or None.
     """
 
     phase: Phase
@@ -51,6 +52,7 @@ class Pass:
     layers: dict[int, nn.Module]
     selection: Selection | None = None
     rescore: bool = False
+    twins: object = None
 
 
 _running: ContextVar[Pass | None] = ContextVar("std_decode_pass", default=None)
@@ -92,6 +94,12 @@ def compiled_for(running: Pass) -> Iterator[None]:
             _compiled[0] = None
 
 
+def running_pass() -> Pass | None:
+    """The pass under way in this context, or the one that code is being compiled for."""
+    # A compiler cannot look into a ContextVar; into a list it can, and it checks what it found.
+    return _compiled[0] if torch.compiler.is_compiling() else _running.get()
+
+
 def _registered(replaced: str) -> str:
     name = PREFIX + replaced
     AttentionInterface.register(name, partial(_attention, replaced=replaced))
@@ -125,8 +133,7 @@ def _attention(
     replaced: str,
     **kwargs,
 ) -> tuple[Tensor, Tensor | None]:
-    # A compiler cannot look into a ContextVar; into a list it can, and it checks what it found.
-    running: Any = _compiled[0] if torch.compiler.is_compiling() else _running.get()
+    running: Any = running_pass()
     if running is not None and running.layers.get(getattr(module, "layer_idx", -1)) is module:
         layer = running.cache.layers[module.layer_idx]
         options = _options(query, kwargs)

@@ -87,7 +87,7 @@ class Engine:
     def finish(self) -> None:
         """Let go of a call's own objects; the buffers stay for the next."""
         self.cache.answer = self.cache.template = None
-        del self.forward, self.compiled, self.selection, self.stats
+        del self.forward, self.compiled, self.selection, self.stats, self.twins
 
     def start(
         self,
@@ -96,6 +96,7 @@ class Engine:
         kv_start: Tensor | None,
         selection: Selection | None,
         stats: DecodeStats,
+        twins: object = None,
     ) -> None:
         """Begin a generate call.
 
@@ -105,8 +106,10 @@ class Engine:
             kv_start: first valid position of each row, int32 ``[B]``, or None.
             selection: the rules of the prompt; None where nothing will be drafted.
             stats: of this call.
+            twins: whose weights drafts read, see `Pass`.
         """
         self.forward, self.selection, self.stats = forward, selection, stats
+        self.twins = twins
         self.compiled = compile_pass(forward) if self.compiles else None
         self.reselects = (
             self.wants_reselection and selection is not None and not selection.complete
@@ -243,6 +246,8 @@ class Engine:
         """A pass as it is captured: nothing in it asks the device for a value."""
         self.cache.expect(tokens.shape[1])
         running = Pass(phase, self.cache, self.layers, rescore=rescore)
+        if phase == "draft":
+            running.twins = self.twins
         inputs = {"input_ids": tokens, "position_ids": positions, **shared}
         return self.run(running, inputs).logits
 

@@ -143,6 +143,7 @@ def _engine(
             visual = torch.cat([_visual_past(given, past, visual), visual], dim=1)
         given._std_decode_visual = visual
         selection = plan_selection(visual, kv_start, options.top_k_keys, new)
+    twins, weights = options.draft_weights.of_call(model, len(input_ids))
     new_tokens = min(config.max_length - input_ids.shape[1], MOST_NEW_TOKENS)
     room = past + new + new_tokens + options.draft_length + 1
     engine, eager_because = options.engines.take(
@@ -155,11 +156,12 @@ def _engine(
         reused_tokens=past,
         selected_keys=selection.width if selection is not None else 0,
         eager_because=eager_because,
+        **weights,
     )
     if input_ids.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(input_ids.device)
     forward = MethodType(options.original_class.__call__, model)
-    engine.start(forward, given, kv_start, selection, stats)
+    engine.start(forward, given, kv_start, selection, stats, twins)
     return engine
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from os import PathLike
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -16,6 +17,7 @@ from transformers import (
     StoppingCriteriaList,
 )
 
+from std_decode import draft_weights as weights
 from std_decode.cache import CACHE, SparseToDenseCache
 from std_decode.eligibility import attention_layers
 from std_decode.generation import sample
@@ -41,6 +43,7 @@ class _Patch:
     visual_token_ids: Sequence[int] | None
     visual_mask: VisualMask | None
     engines: Engines
+    draft_weights: weights.DraftWeights
     stats: DecodeStats | None = None
 
 
@@ -50,6 +53,8 @@ def patch(
     top_k_keys: int = 1024,
     draft_length: int | Literal["auto"] = "auto",
     reselect: bool = True,
+    draft_weights: Literal["int4", "auto"] | None = None,
+    draft_weights_cache: str | PathLike[str] | None = None,
     cuda_graphs: Literal["auto"] | bool = "auto",
     compile: bool = False,
     visual_token_ids: Sequence[int] | None = None,
@@ -69,6 +74,13 @@ def patch(
             layer and KV head, at least 1. The text around the video is read besides.
         draft_length: tokens drafted a round (gamma), 0 to 63; 0 decodes densely. "auto" is 4.
         reselect: whether each verification renews the selection, or the prompt's is kept.
+        draft_weights: what drafts read of the text decoder's linear layers and the LM head: None,
+            the model's own weights; "int4", 4-bit copies in groups of 128 that are made here and
+            take 0.53 bytes a weight until `unpatch`; "auto", copies where the cost model expects a
+            gain and they take at most half of the free memory. Verification is dense either way.
+            A layer that cannot have a copy keeps its weights; `last_stats` counts and says why.
+        draft_weights_cache: a file to keep the copies in, so that they need not be made again; a
+            file of other weights' copies is replaced.
         cuda_graphs: whether decoding passes are captured and replayed on a CUDA device. The call's
             buffers are then kept for the next call, until `unpatch`. What cannot be captured runs
             pass by pass, and `last_stats` says why.
@@ -89,6 +101,7 @@ def patch(
         NotImplementedError: the model's attention is of an unsupported kind; the message lists
             what is supported.
         RuntimeError: `model` is patched already.
+        MemoryError: the 4-bit copies do not fit; the message has the numbers.
 
     Note:
         Runs four forward passes of a few tokens, to see that the model's attention is what its
@@ -97,6 +110,7 @@ def patch(
     """
     _check_options(top_k_keys, draft_length, reselect, cuda_graphs, compile)
     _check_visual(visual_token_ids, visual_mask)
+    weights.check(draft_weights, draft_weights_cache)
     target = _unwrapped(model)
     if is_patched(target):
         raise RuntimeError(
@@ -105,6 +119,7 @@ def patch(
         )
     layers = attention_layers(target)
     gamma = AUTO_DRAFT_LENGTH if draft_length == "auto" else draft_length
+    drafting = weights.prepare(target, draft_weights, draft_weights_cache, top_k_keys)
     target._std_decode = _Patch(
         type(target),
         layers,
@@ -114,7 +129,9 @@ def patch(
         visual_token_ids,
         visual_mask,
         Engines(cuda_graphs, compile),
+        drafting,
     )
+    drafting.attach()
     target.__class__ = _patched_class(type(target))
     return model
 
@@ -133,6 +150,7 @@ def unpatch(model: Model) -> Model:
         )
     target.__class__ = target._std_decode.original_class
     target._std_decode.engines.clear()
+    target._std_decode.draft_weights.detach()
     del target._std_decode
     return model
 

@@ -33,7 +33,11 @@ class DecodeStats:
         mean_accepted_length: tokens of a row per dense pass after prefill (1 to
             draft_length + 1), as the speculative decoding literature counts it.
         draft_lengths: gamma of each round.
-        draft_weights: None: drafts use the model's own weights.
+        draft_weights: "int4": drafts read 4-bit twins; None: the model's own weights.
+        draft_weights_because: why so, or why some layers keep their weights; None where it is
+            what was asked for.
+        draft_weight_bytes: memory that the twins take, beside the model's weights.
+        twinned_layers, kept_layers: linear layers with a twin, and without.
         graph_captures, graph_replays: forward passes captured as CUDA graphs, and replayed.
         first_use_seconds: part of `seconds` that went into the first run (compilation included)
             and the capture of passes; a call whose shapes have been seen spends none.
@@ -64,6 +68,10 @@ class DecodeStats:
     mean_accepted_length: float = 0.0
     draft_lengths: list[int] = field(default_factory=list)
     draft_weights: str | None = None
+    draft_weights_because: str | None = None
+    draft_weight_bytes: int = 0
+    twinned_layers: int = 0
+    kept_layers: int = 0
     graph_captures: int = 0
     graph_replays: int = 0
     first_use_seconds: float = 0.0
@@ -94,6 +102,13 @@ class DecodeStats:
         counts = f"{self.graph_captures} captured, {self.graph_replays} replays"
         return f"{counts}, {self.first_use_seconds:.2f} s for first use"
 
+    def _weights(self) -> str:
+        because = f": {self.draft_weights_because}" if self.draft_weights_because else ""
+        if self.draft_weights is None:
+            return f"the model's own{because}"
+        counts = f"{self.twinned_layers} layers, {self.kept_layers} kept"
+        return f"{self.draft_weights}, {_mebibytes(self.draft_weight_bytes)}, {counts}{because}"
+
     def __str__(self) -> str:
         if self.fallback is not None:
             return f"ran as unpatched: {self.fallback}"
@@ -103,6 +118,7 @@ class DecodeStats:
             ("prompt tokens", self.prompt_tokens),
             *([("of these reused", self.reused_tokens)] if self.reused_tokens else []),
             ("keys a draft reads", self.selected_keys),
+            ("draft weights", self._weights()),
             ("tokens emitted", self.emitted),
             ("rounds", self.rounds),
             ("drafted / accepted", f"{self.drafted} / {self.accepted}"),

@@ -78,6 +78,29 @@ def test_a_grid_from_end_to_end(bench, tmp_path, capsys):
     assert "forced acceptance" in capsys.readouterr().out
 
 
+def test_drafts_with_4_bit_weights(bench, monkeypatch):
+    """Beside those with the model's own: the same tokens, and fewer bytes counted for a draft."""
+    asked = ("--draft-weights", "own", "int4", "--ways", "dense", "forced", "--top-k-keys", "32")
+    status, records = bench(*asked)
+    assert status == 0
+    decoded = {record["what"]: record for record in of(records, "decode")}
+    own, int4 = "ours, forced acceptance 0.2", "ours, forced acceptance 0.2, int4 drafts"
+    assert set(decoded) == {"transformers generate", "ours, dense", own, int4}
+    assert decoded[int4]["status"] == "ok" and "GB of int4 copies" in decoded[int4]["note"]
+    assert decoded[int4]["same_as_transformers"] == "20 of 20"
+    bytes_of = {(r["what"], r["pass"]): r["bytes"] for r in of(records, "pass")}
+    shape = shapes.SHAPES["tiny"]
+    twins = decoded[int4]["draft_weight_bytes"]
+    assert 0.5 * shape.counts.matrices < twins < 0.63 * shape.counts.matrices
+    assert bytes_of[int4, "verify"] == bytes_of[own, "verify"]
+    # In float32 a weight is 4 bytes, in the copies it is twins / matrices.
+    saved = 4 * shape.counts.matrices - twins
+    assert bytes_of[own, "draft"] - bytes_of[int4, "draft"] == saved
+    monkeypatch.setattr(shapes, "free_memory", lambda device: 1000)
+    assert "of 4-bit copies" not in str(shapes.needs(shape, torch.float32, CPU, 1, 10))
+    assert "of 4-bit copies" in str(shapes.needs(shape, torch.float32, CPU, 1, 10, twins=True))
+
+
 @pytest.mark.parametrize("acceptance", [0.0, 0.5, 0.9, 1.0])
 def test_drafts_agree_as_often_as_asked(prompt, acceptance):
     prompt.repeat(2)
@@ -103,7 +126,9 @@ def test_wrong_drafts_depend_on_the_seed_alone():
 
 def make_cell(prompt, **changes):
     given = dict(new_tokens=80, runs=1, seed=0, acceptance=[0.9], draft_length=[4])
-    options = argparse.Namespace(**{**given, "top_k_keys": [32], "ways": decode.WAYS, **changes})
+    options = argparse.Namespace(
+        **{**given, "top_k_keys": [32], "ways": decode.WAYS, "draft_weights": ["own"], **changes}
+    )
     results = tables.Results(None, 2)
     return cell.Cell(prompt, options, results, CPU, 1.0, time.monotonic, time.monotonic() + 99)
 

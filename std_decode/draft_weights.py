@@ -1,0 +1,176 @@
+"""What ``patch(draft_weights=...)`` asks for: twins or none, or what the cost model says."""
+
+from __future__ import annotations
+
+import math
+import os
+import warnings
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from std_decode import twin_cache
+from std_decode.cost import Device, Workload, expected_tokens
+from std_decode.memory import free_memory, gigabytes
+from std_decode.twins import Twins
+
+# "auto" has to decide before any prompt is seen, so it goes by one that people patch for.
+CONTEXT, ACCEPTANCE, MOST_DRAFTS = 25_000, 0.9, 16
+LEAST_GAIN = 1.05  # over drafting with the model's own weights, and over not drafting
+CACHED = 64 << 20  # weights of so few bytes are read from a cache, where fewer are no faster
+MOST_SHARE = 0.5  # of the free memory; the rest is for KV caches
+# Rows of a draft from which 4 bits gain nothing: PyTorch's CUDA kernel reads the weights anew for
+# each 16 rows, its CPU kernel for each 4.
+MOST_ROWS = {"cuda": 32, "cpu": 8}
+
+
+@dataclass
+class DraftWeights:
+    """What the drafts of a patched model read.
+
+    Attributes:
+        twins: None: the model's own weights.
+        because: why "auto" decided so; None where it was not asked.
+        most_rows: of a batch that drafts with twins; None: any.
+    """
+
+    twins: Twins | None = None
+    because: str | None = None
+    most_rows: int | None = None
+
+    def attach(self) -> None:
+        if self.twins is not None:
+            self.twins.attach()
+
+    def detach(self) -> None:
+        if self.twins is not None:
+            self.twins.detach()
+
+    def of_call(self, model: Any, rows: int) -> tuple[Twins | None, dict[str, Any]]:
+        """The twins that a call of a batch of `rows` drafts with, and an account of it."""
+        if self.twins is None:
+            return None, {"draft_weights_because": self.because}
+        twins = self.twins.refresh(model)
+        account: dict[str, Any] = dict(
+            draft_weight_bytes=self.twins.nbytes,
+            twinned_layers=self.twins.count,
+            kept_layers=len(self.twins.kept),
+        )
+        reasons = [self.because, self.twins.missing or self.twins.why_kept()]
+        if self.most_rows is not None and rows > self.most_rows:
+            twins = None
+            few = f"4 bits gain nothing above {self.most_rows}"
+            reasons.insert(0, f"not for a batch of {rows}: {few}")
+        account["draft_weights"] = "int4" if twins is not None else None
+        account["draft_weights_because"] = "; ".join(filter(None, reasons)) or None
+        return twins, account
+
+
+def check(wanted: Any, cache: Any) -> None:
+    """Refuse what patch cannot mean.
+
+    Raises:
+        TypeError, ValueError: naming the argument.
+    """
+    if wanted not in (None, "int4", "auto"):
+        raise ValueError(f'patch: draft_weights is {wanted!r}, expected None, "int4" or "auto"')
+    if cache is None:
+        return
+    if not isinstance(cache, (str, os.PathLike)):
+        raise TypeError(f"patch: draft_weights_cache is {cache!r}, expected a path or None")
+    if wanted is None:
+        raise ValueError(
+            f"patch: draft_weights_cache is {str(cache)!r}, expected None without draft_weights; "
+            'give draft_weights="int4" or "auto" as well'
+        )
+    path = Path(cache)
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        raise ValueError(
+            f"patch: draft_weights_cache is {str(cache)!r}, expected a file in an existing folder"
+        )
+
+
+def prepare(
+    model: Any, wanted: Literal["int4", "auto"] | None, cache: Any, top_k_keys: int
+) -> DraftWeights:
+    """Make the twins that are wanted. The model is not changed.
+
+    Raises:
+        MemoryError: "int4" does not fit.
+        ValueError: `cache` is a file of another kind.
+    """
+    if wanted is None:
+        return DraftWeights()
+    twins = Twins(model)
+    if wanted == "int4" and twins.missing:
+        warnings.warn(
+            f"std_decode: drafts keep the model's weights: {twins.missing}", stacklevel=4
+        )
+    because = most_rows = None
+    if wanted == "auto":
+        gains, because = decide(model, twins, top_k_keys)
+        if not gains:
+            return DraftWeights(because=because)
+        most_rows = MOST_ROWS[twins.twins[0].layer.weight.device.type]
+    if cache is None:
+        twins.make(model)
+    else:
+        twin_cache.make(model, twins, Path(cache))
+    return DraftWeights(twins, because, most_rows)
+
+
+def decide(model: Any, twins: Twins, top_k_keys: int) -> tuple[bool, str]:
+    """Whether twins gain anything, by the bytes of a step and the free memory, and why."""
+    if twins.missing:
+        return False, f"auto: {twins.missing}"
+    workload = workload_of(model, twins, top_k_keys)
+    if workload.weight_bytes < CACHED:
+        size = f"{workload.weight_bytes / 2**20:.1f} MiB"
+        return False, f"auto: {size} of weights are read from a cache, 4 bits would gain nothing"
+    own = best_speedup(replace(workload, draft_weight_bytes=None))
+    four_bit = best_speedup(workload)
+    where = f"{workload.context} tokens, batch 1, acceptance {ACCEPTANCE:g}"
+    predicted = f"{four_bit:.2f}x with 4-bit drafts, {own:.2f}x with the model's weights ({where})"
+    if four_bit < LEAST_GAIN * max(1.0, own):
+        return False, f"auto: predicted {predicted}"
+    for device in {twin.layer.weight.device for twin in twins.twins}:
+        there = [twin for twin in twins.twins if twin.layer.weight.device == device]
+        needed, free = sum(twin.planned_bytes for twin in there), free_memory(device)
+        if needed > MOST_SHARE * free:
+            return False, (
+                f"auto: 4-bit weights take {gigabytes(needed)}, more than {MOST_SHARE:.0%} of the "
+                f"{gigabytes(free)} free on {device}"
+            )
+    return True, f"auto: predicted {predicted}"
+
+
+def workload_of(model: Any, twins: Twins, top_k_keys: int) -> Workload:
+    """A decoding step of the model at batch 1, dense and with drafts that read the twins."""
+    embedding = model.get_input_embeddings().weight
+    head = model.get_output_embeddings()
+    read = {id(p): p for p in model.get_decoder().parameters() if p is not embedding}
+    read |= {} if head is None else {id(p): p for p in head.parameters()}
+    weights = sum(weight.nbytes for weight in read.values())
+    own = sum(twin.layer.weight.nbytes for twin in twins.twins)
+    config = model.get_decoder().config
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return Workload(
+        weight_bytes=weights,
+        parameters=sum(weight.numel() for weight in read.values()),
+        kv_bytes=2 * config.num_hidden_layers * heads * width * embedding.element_size(),
+        batch=1,
+        context=min(CONTEXT, getattr(config, "max_position_embeddings", CONTEXT)),
+        draft_keys=top_k_keys,
+        draft_weight_bytes=weights - own + twins.planned_bytes,
+    )
+
+
+def best_speedup(workload: Workload) -> float:
+    """Of the best draft length over dense decoding, while only bytes count."""
+    device = Device(bandwidth=1.0, flops=math.inf)
+    dense = workload.dense_seconds(device)
+    return max(
+        expected_tokens(ACCEPTANCE, gamma) * dense / workload.round_seconds(device, gamma)
+        for gamma in range(1, MOST_DRAFTS + 1)
+    )
