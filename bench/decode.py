@@ -237,7 +237,7 @@ def copy_bandwidth(device: Any) -> float:
 
 
 def environment(
-    options: argparse.Namespace, device: Any, dtype: Any, bandwidth: float
+    options: argparse.Namespace, device: Any, dtype: Any, bandwidth: float | None
 ) -> dict[str, Any]:
     import torch
     import transformers

@@ -15,18 +15,20 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-TEST_SECONDS, TIME_SECONDS, DECODE_SECONDS = 230, 130, 150
-GRACE = 15  # seconds that decoding may take to end by itself
+TEST_SECONDS, TIME_SECONDS, PREFILL_SECONDS, DECODE_SECONDS = 210, 105, 35, 135
+GRACE = 15  # seconds that prefill and decoding may take to end by itself
 _HELP = """\
-Runs the GPU test suite, then times each op at a few real sizes beside torch's own, then decoding
-at a 7B model's shape beside transformers' (see python -m bench decode --help). Takes less than 9
-minutes: each part has a time box, and what did not fit is listed as skipped. What computes
-something wrong is reported and not timed. Writes into DIR as it goes:
+Runs the GPU test suite, then times each op at a few real sizes beside torch's own, then prefill
+and decoding at a 7B model's shape beside transformers' (see python -m bench prefill --help and
+python -m bench decode --help). Takes less than 9 minutes: each part has a time box, and what did
+not fit is listed as skipped. What computes something wrong is reported and not timed. Writes into
+DIR as it goes:
 
   environment.json   GPU, driver, versions, commit, date
   tests.log, tests.xml   what pytest said
   ops.jsonl          one line per timing: median, 20th and 80th percentile in milliseconds, GB/s
   ops.md             the same as a table
+  prefill.jsonl, prefill.md, prefill.log   time to the first token, patched beside unpatched
   decode.jsonl, decode.md, decode.log   decoding with random weights and forced acceptance
 
 "cold" clears the L2 cache before each run and includes the launch; "graph" replays a CUDA graph
@@ -64,8 +66,9 @@ def run(options: argparse.Namespace) -> int:
         print(f"bench gpu: ops: {error!r}"[:300], file=sys.stderr)
         right = False
     torch.cuda.empty_cache()
-    decoded = time_decoding(options.out, DECODE_SECONDS, DECODING)
-    return 0 if passed and right and decoded else 1
+    read = time_part("prefill", options.out, PREFILL_SECONDS, PREFILL)
+    decoded = time_part("decode", options.out, DECODE_SECONDS, DECODING)
+    return 0 if passed and right and read and decoded else 1
 
 
 def environment() -> dict[str, Any]:
@@ -103,16 +106,20 @@ def run_tests(out: Path, seconds: float) -> bool:
     return _run_apart("tests", command, out / "tests.log", seconds)
 
 
+PREFILL = ["--shape", "qwen2-vl-7b", "--tokens", "4096", "25000", "--pairs", "7"]
 DECODING = ["--shape", "qwen2-vl-7b", "--batch", "1", "8", "--context", "25000",
             "--draft-weights", "own", "int4"]  # fmt: skip
 
 
-def time_decoding(out: Path, seconds: float, options: list[str], grace: float = GRACE) -> bool:
-    """`bench decode` in a process group of its own; False if anything was wrong or hung."""
-    command = [sys.executable, "-m", "bench", "decode", *options,
+def time_part(
+    name: str, out: Path, seconds: float, options: list[str], grace: float = GRACE
+) -> bool:
+    """`bench NAME` in a process group of its own; False if anything was wrong or hung."""
+    command = [sys.executable, "-m", "bench", name, *options,
                "--seconds", str(seconds), "--out", str(out.resolve())]  # fmt: skip
-    passed = _run_apart("decode", command, out / "decode.log", seconds + grace)
-    print((out / "decode.log").read_text(errors="replace"))
+    log = out / f"{name}.log"
+    passed = _run_apart(name, command, log, seconds + grace)
+    print(log.read_text(errors="replace"))
     return passed
 
 

@@ -3,11 +3,33 @@
 A decoding step waits for memory: it reads the weights once and the keys and values of every row.
 A draft step reads the same weights (or fewer bytes of them) and a few keys; verification reads all
 of it again, once for all drafts of the round. What comes of it depends on how many drafts agree.
+
+`DraftLength` weighs the two round by round, from what passes took and how many drafts agreed, and
+does without drafts where they lose. What a round drafts never changes the tokens, only the time.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from math import prod
+from statistics import median
+
+# The draft lengths that are tried. Each is a shape of its own to capture, and the best of these is
+# never far behind the best of all.
+LENGTHS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
+SUPPOSED = 0.8  # acceptance, before anything was drafted,
+SUPPOSED_DRAFTS = 3.0  # and how many drafts' worth that supposition is
+MEMORY = 0.93  # weight that is left to a round's drafts after one more round,
+STALE = 0.995  # and after a dense step: what is not seen is not known for long
+SLOPE = 0.03  # of a dense step, for each more token to verify, before that is measured
+WORTH = 1.04  # drafting has to gain this much
+RISK = 0.02  # of the time so far may be lost by trying drafts out,
+ONE_ROUND = 2.0  # or this many dense steps' worth, of which no answer is spared
+FEW = 3  # dense steps that have to be timed before anything is compared with them,
+REFRESH = 48  # and rounds after which one is timed again
+PAUSE = 64  # dense steps between two trials at first; twice as many after each
 
 
 @dataclass(frozen=True)
@@ -74,3 +96,175 @@ def expected_tokens(acceptance: float, gamma: int) -> float:
     equation 1.
     """
     return sum(acceptance**drafts for drafts in range(gamma + 1))
+
+
+@dataclass
+class Times:
+    """Seconds that passes of one shape took lately: the median of the newest few.
+
+    Attributes:
+        dense: of a dense step, with all that comes with it.
+        draft: of one draft step.
+        verify: of a round less its draft steps, by the number of tokens that it verified.
+    """
+
+    dense: deque[float] = field(default_factory=lambda: deque(maxlen=9))
+    draft: deque[float] = field(default_factory=lambda: deque(maxlen=9))
+    verify: dict[int, deque[float]] = field(default_factory=dict)
+
+    def verify_seconds(self, tokens: int) -> float:
+        """Measured, else by a line through the nearest two that are, else a guess."""
+        dense = median(self.dense)
+        known = {count: median(seconds) for count, seconds in self.verify.items()}
+        if tokens in known:
+            return known[tokens]
+        near = sorted(known, key=lambda count: abs(count - tokens))[:2]
+        if not near:
+            return dense * (1 + SLOPE * tokens)
+        slope = SLOPE * dense
+        if len(near) == 2:
+            slope = max(0.0, (known[near[0]] - known[near[1]]) / (near[0] - near[1]))
+        return max(dense, known[near[0]] + slope * (tokens - near[0]))
+
+
+class Policy:
+    """What the draft lengths of a patched model's calls go by, kept from call to call.
+
+    Args:
+        lengths: that may be chosen, besides none.
+    """
+
+    def __init__(self, lengths: Sequence[int] = LENGTHS):
+        self.lengths = tuple(lengths)
+        self.times: dict[tuple[int, int], Times] = {}
+        self.draft_times: dict[int, deque[float]] = {}
+        self.acceptance = SUPPOSED
+
+    def begin(
+        self,
+        workload: Workload,
+        together: bool = False,
+        settle: Callable[[int], int] = lambda gamma: gamma,
+    ) -> DraftLength:
+        """For one generate call.
+
+        Args:
+            workload: its decoding steps; before a draft step is measured, what a draft step
+                reads of what a dense one does tells how long it takes.
+            together: whether the rows advance by the smallest acceptance.
+            settle: what is drafted where this process would draft so many; ranks that share a
+                model have to do the same.
+        """
+        batch, context = workload.batch, workload.context.bit_length()
+        times = self.times.setdefault((batch, context), Times())
+        # A draft step takes as long after any prompt.
+        times.draft = self.draft_times.setdefault(batch, times.draft)
+        memory_bound = Device(1.0, float("inf"))
+        ratio = workload.draft_seconds(memory_bound) / workload.dense_seconds(memory_bound)
+        return DraftLength(self, times, batch, ratio, together, settle)
+
+
+class DraftLength:
+    """Chooses the draft length of each round of a generate call.
+
+    The first few steps are dense, unless such steps have been timed before. Then each round drafts as many tokens as promise the most tokens a second, or none. Where drafts seem to
+    lose they are tried again, rarely, as long as all such trials together cost little.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        times: Times,
+        rows: int,
+        draft_ratio: float,
+        together: bool,
+        settle: Callable[[int], int],
+    ):
+        self.policy, self.times, self.settle = policy, times, settle
+        self.draft_ratio, self.together = draft_ratio, together
+        self.agreed = [SUPPOSED_DRAFTS * policy.acceptance] * rows
+        self.tried = [SUPPOSED_DRAFTS] * rows
+        self.length = 0  # of the newest round
+        self.since_dense = 0  # rounds
+        self.steps = 0.0  # tokens a row has got,
+        self.behind = 0.0  # and dense steps' worth of time that this took more than dense steps
+        self.next_trial, self.pause = 0.0, float(PAUSE)
+
+    def choose(self, rows: Sequence[int]) -> int:
+        """Tokens to draft in the next round; `rows` are those that still need tokens."""
+        measure = len(self.times.dense) < FEW or self.since_dense >= REFRESH
+        return self.settle(0 if measure else self._best(rows))
+
+    def _best(self, rows: Sequence[int]) -> int:
+        dense = median(self.times.dense)
+        cost = {g: self._seconds(g) / dense for g in self.policy.lengths}  # in dense steps
+        worth = {g: self._tokens(g, rows) / cost[g] for g in cost}
+        if self.length in worth:
+            worth[self.length] *= WORTH  # do not waver
+        best = max(worth, key=lambda g: worth[g])
+        allowed = max(RISK * self.steps, ONE_ROUND)
+        if worth[best] > WORTH and self.behind < allowed:
+            return best
+        # Try again where it could pay if every draft agreed, and costs little if none does.
+        hopeful = [
+            gamma
+            for gamma in cost
+            if (gamma + 1) / cost[gamma] > WORTH and self.behind + cost[gamma] - 1 < allowed
+        ]
+        if self.steps < self.next_trial or not hopeful:
+            return 0
+        trial = hopeful[-1]
+        self.next_trial = self.steps + self.pause
+        self.pause *= 2
+        return trial
+
+    def _seconds(self, gamma: int) -> float:
+        """Of a round."""
+        times = self.times
+        draft = self.draft_ratio * median(times.dense)
+        if times.draft:
+            draft = median(times.draft)
+        return gamma * draft + times.verify_seconds(gamma + 1)
+
+    def _tokens(self, gamma: int, rows: Sequence[int]) -> float:
+        """That a row may expect of a round, on average over `rows`."""
+        chances = [self.agreed[row] / self.tried[row] for row in rows]
+        if self.together:
+            return expected_tokens(prod(chances), gamma)
+        return sum(expected_tokens(chance, gamma) for chance in chances) / len(chances)
+
+    def observe(
+        self, gamma: int, agreed: Mapping[int, int], draft: float, rest: float, tokens: float
+    ) -> None:
+        """Learn from a round.
+
+        Args:
+            gamma: what it drafted.
+            agreed: by row, how many drafts agreed.
+            draft, rest: seconds of all draft steps, and of everything else; 0 in all where they
+                tell nothing of the rounds to come (something was compiled or captured).
+            tokens: that a row got, on average.
+        """
+        self.length, self.since_dense = gamma, self.since_dense + 1
+        times = self.times
+        if gamma == 0:
+            self.since_dense = 0
+            self.agreed = [STALE * x for x in self.agreed]
+            self.tried = [STALE * x for x in self.tried]
+            if rest:
+                times.dense.append(rest)
+        else:
+            for row, count in agreed.items():
+                self.agreed[row] = MEMORY * self.agreed[row] + count
+                # Drafts after the first that does not agree tell nothing.
+                self.tried[row] = MEMORY * self.tried[row] + min(count + 1, gamma)
+            if draft:
+                times.draft.append(draft / gamma)
+                times.verify.setdefault(gamma + 1, deque(maxlen=5)).append(rest)
+        self.steps += tokens
+        if times.dense and draft + rest:
+            self.behind += (draft + rest) / median(times.dense) - tokens
+
+    def end(self) -> None:
+        """Leave what was learnt of the acceptance to the next call."""
+        self.policy.acceptance = sum(self.agreed) / sum(self.tried)

@@ -218,6 +218,8 @@ class Engine:
         key = (phase, rescore, shapes, others)
         new = key not in self.inputs
         if new:
+            for forgotten in self.inputs.keys() - self.graphs.captured.keys():
+                del self.inputs[forgotten]
             self.inputs[key] = {name: torch.empty_like(value) for name, value in given.items()}
         static = self.inputs[key]
         for name, value in given.items():

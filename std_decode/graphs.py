@@ -70,16 +70,16 @@ class Graphs:
 
     def run(self, key: Hashable, step: Callable[[], Tensor]) -> Tensor:
         """The result of `step`, which is the same code over the same tensors for the same key."""
-        if key not in self.captured:
-            self.captured[key] = None
-            with self._timed():
-                return step()
-        replay = self.captured.pop(key) or self._capture(step)
+        new = key not in self.captured
+        replay = None if new else self.captured.pop(key) or self._capture(step)
         self.captured[key] = replay  # last, as the most recently used
-        if replay is None:
-            return step()
         for oldest in list(self.captured)[:-MOST_GRAPHS]:
             del self.captured[oldest]
+        if new:
+            with self._timed():
+                return step()
+        if replay is None:
+            return step()
         self.replays += 1
         return replay()
 

@@ -9,9 +9,19 @@ synchronises. The argument order is that of the op schemas.
 import torch
 from torch import Tensor
 
-from std_kernels._packed import INF, MAX_LOGITS, attend, gather, logits, nothing_seen, unpack
+from std_kernels._packed import (
+    INF,
+    MAX_LOGITS,
+    attend,
+    gather,
+    gather_with_tail,
+    logits,
+    nothing_seen,
+    unpack,
+)
 
 _MAX_BIAS = 1 << 24
+_LONG = 2048  # keys: from here on two calls without a mask cost less than one with
 
 
 def score_keys(
@@ -101,6 +111,11 @@ def sparse_attention(
     """Gathers each row's listed keys and tail into one small buffer and attends to that."""
     B, Hq, T, D = query.shape
     Hkv = key.shape[1]
+    if B == T == 1 and indices.numel() and _within(indices, start := int(tail_start)):
+        # A draft step of one row, by far the commonest call: 45 us instead of 69 for 80 keys.
+        keys, values = gather_with_tail(key, value, indices, slice(start, max(start, int(kv_len))))
+        rows = query.view(1, Hkv, Hq // Hkv, D)
+        return unpack(query, *attend(rows, keys, values, None, scale, softcap), sinks)
     slots, empty, tail = _slots(indices, tail_start, kv_len)
     if slots.numel() == 0:
         return nothing_seen(query, sinks)
@@ -223,6 +238,9 @@ def _verify_range(
                 query[:, :, T - n :], key, value, low, high, *options
             )
         return out, lse
+    whole = window is None or n <= window
+    if T > 1 and whole and n > _LONG and query.dtype == torch.float32:
+        return _verify_parts(query, key, value, low, high, scale, softcap, sinks)
     if T > 1 and G * T * n > _MAX_BIAS:
         half = T // 2
         first = _verify_range(query[:, :, :half], key, value, low, high - T + half, *options)
@@ -234,6 +252,35 @@ def _verify_range(
     rows = query.reshape(B, Hkv, G * T, D)
     keys, values = key[:, :, low:high], value[:, :, low:high]
     out, lse = attend(rows, keys, values, bias, scale, softcap)
+    return unpack(query, out, lse, sinks)
+
+
+def _verify_parts(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    low: int,
+    high: int,
+    scale: float,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """The keys that all T queries see, and their own T keys, merged.
+
+    A mask as long as the cache would cost a tenth of the attention itself, and more where memory
+    for it comes fresh from the system.
+    """
+    B, Hq, T, D = query.shape
+    Hkv = key.shape[1]
+    rows = query.reshape(B, Hkv, -1, D)
+    bias = query.new_full((T, T), -INF).triu_(1).repeat(Hq // Hkv, 1)
+    own = slice(high - T, high)
+    out, lse = attend(rows, key[:, :, own], value[:, :, own], bias, scale, softcap)
+    if high - T > low:
+        seen = slice(low, high - T)
+        past, past_lse = attend(rows, key[:, :, seen], value[:, :, seen], None, scale, softcap)
+        share = torch.sigmoid(lse - past_lse)
+        out, lse = torch.lerp(past, out, share[..., None]), torch.logaddexp(past_lse, lse)
     return unpack(query, out, lse, sinks)
 
 
@@ -256,13 +303,16 @@ def _score_range(
         return
     rows = query[:, :, T - seen :].reshape(B, Hkv, -1, D).float()
     cut = cut[:, :, T - seen :].reshape(B, Hkv, -1, 1)
-    bias = _causal_bias(seen, n, window, rows)
+    # Where keys begin that not every query sees, and a mask of those.
+    first = n - seen if window is None or n <= window else 0
+    bias = _causal_bias(seen, n - first, window, rows)
     step = max(1, MAX_LOGITS // (B * Hq * seen))
     for start in range(0, n, step):
         stop = min(start + step, n)
         share = logits(rows, key[:, :, low + start : low + stop], scale, softcap).sub_(cut)
-        if bias is not None:
-            share.view(B, Hq, seen, -1).add_(bias[:, start:stop])
+        if bias is not None and stop > first:
+            own = share.view(B, Hq, seen, -1)[..., max(0, first - start) :]
+            own.add_(bias[:, max(0, start - first) : stop - first])
         scores[:, :, low + start : low + stop] = share.sigmoid_().sum(2)
 
 

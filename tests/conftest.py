@@ -10,6 +10,15 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
+def pytest_addoption(parser):
+    parser.addoption(
+        "--captured",
+        action="store_true",
+        help="have the tests of tests/decode capture and replay passes, by a stand-in for CUDA "
+        "graphs that runs on the CPU",
+    )
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_cmdline_main(config):
     """As `-n auto`, unless told otherwise; as an option in setup.cfg it would need xdist.

@@ -349,8 +349,8 @@ def test_settings_that_are_not_there(bench, capsys, arguments, message):
 
 def test_the_gpu_round_survives_decoding(tmp_path, capfd):
     options = [*QUICK, "--device", "cpu"]
-    assert not gpu.time_decoding(tmp_path, 0.2, options, grace=0)
+    assert not gpu.time_part("decode", tmp_path, 0.2, options, grace=0)
     assert "decode: stopped after 0 s" in capfd.readouterr().out
-    assert gpu.time_decoding(tmp_path, 0, options, grace=60)
+    assert gpu.time_part("decode", tmp_path, 0, options, grace=60)
     assert "skipped: out of time" in (tmp_path / "decode.md").read_text()
     assert "decode: exit status 0" in capfd.readouterr().out

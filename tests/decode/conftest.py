@@ -1,4 +1,4 @@
-"""Tiny random models with real inputs, and the one question asked of all of them: same tokens?"""
+"""The one question asked of all models of families.py: same tokens?"""
 
 from __future__ import annotations
 
@@ -11,123 +11,10 @@ import torch
 from torch import Tensor
 
 import std_decode
+from std_decode import graphs, pool
+from tests.decode.families import FAMILIES, PAD, TEXT, VOCABULARY
 from tests.decode.margin import behind_best, near_ties
-
-VOCABULARY, VIDEO, IMAGE, VISION_START, VISION_END, PAD = 120, 101, 102, 103, 104, 0
-TEXT = dict(
-    vocab_size=VOCABULARY,
-    hidden_size=64,
-    intermediate_size=96,
-    num_hidden_layers=3,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    max_position_embeddings=1024,
-    pad_token_id=PAD,
-    bos_token_id=1,
-    eos_token_id=None,
-    # Wide, so that the two best tokens are rarely close and attention is far from uniform.
-    initializer_range=0.2,
-)
-
-
-def _words(count: int) -> list[int]:
-    return torch.randint(7, 99, (count,)).tolist()
-
-
-def _padded(prompts: list[list[int]]) -> dict[str, Tensor]:
-    length = max(map(len, prompts))
-    ids = torch.tensor([[PAD] * (length - len(prompt)) + prompt for prompt in prompts])
-    mask = torch.tensor([[0] * (length - len(p)) + [1] * len(p) for p in prompts])
-    return {"input_ids": ids, "attention_mask": mask}
-
-
-def _qwen2_vl(rows: int) -> tuple[Any, dict[str, Tensor]]:
-    from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
-
-    rope = dict(rope_type="default", rope_theta=1e4, mrope_section=[2, 3, 3])
-    config = Qwen2VLConfig(
-        text_config={**TEXT, "rope_parameters": rope},
-        vision_config=dict(
-            depth=1,
-            embed_dim=32,
-            hidden_size=64,
-            num_heads=2,
-            mlp_ratio=2,
-            patch_size=4,
-            spatial_merge_size=2,
-            temporal_patch_size=2,
-            in_channels=3,
-        ),
-        image_token_id=IMAGE,
-        video_token_id=VIDEO,
-        vision_start_token_id=VISION_START,
-        vision_end_token_id=VISION_END,
-    )
-    model = Qwen2VLForConditionalGeneration(config)
-    grids = [(max(1, 4 - row), 8, 8) for row in range(rows)]
-    prompts = []
-    for row, (t, h, w) in enumerate(grids):
-        video = [VISION_START] + [VIDEO] * (t * h * w // 4) + [VISION_END]
-        prompts.append(_words(4 + row) + video + _words(8 - row))
-    inputs = _padded(prompts)
-    inputs["mm_token_type_ids"] = (inputs["input_ids"] == VIDEO).int() * 2
-    inputs["video_grid_thw"] = torch.tensor(grids)
-    inputs["pixel_values_videos"] = torch.randn(sum(t * h * w for t, h, w in grids), 3 * 2 * 16)
-    return model, inputs
-
-
-def _llava_onevision(rows: int) -> tuple[Any, dict[str, Tensor]]:
-    from transformers import LlavaOnevisionConfig, LlavaOnevisionForConditionalGeneration
-
-    config = LlavaOnevisionConfig(
-        vision_config=dict(
-            model_type="siglip_vision_model",
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            image_size=32,
-            patch_size=4,
-            num_channels=3,
-            vision_use_head=False,
-        ),
-        text_config={**TEXT, "model_type": "qwen2"},
-        image_token_index=IMAGE,
-        video_token_index=VIDEO,
-        image_grid_pinpoints=[[32, 32]],
-    )
-    model = LlavaOnevisionForConditionalGeneration(config)
-    frames = 4
-    prompts = [
-        _words(4 + 2 * row) + [VIDEO] * (frames * 16 + 1) + _words(8 - row) for row in range(rows)
-    ]
-    return model, {**_padded(prompts), "pixel_values_videos": torch.randn(rows, frames, 3, 32, 32)}
-
-
-def _llama(rows: int) -> tuple[Any, dict[str, Tensor]]:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    model = LlamaForCausalLM(LlamaConfig(**TEXT))
-    return model, _padded([_words(90 - 7 * row) for row in range(rows)])
-
-
-def _gemma3(rows: int) -> tuple[Any, dict[str, Tensor]]:
-    """Sliding-window layers, head norms, and a window that is shorter than the prompt."""
-    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
-
-    kinds = ["sliding_attention", "full_attention", "sliding_attention"]
-    config = Gemma3TextConfig(
-        **TEXT, head_dim=16, sliding_window=24, layer_types=kinds, query_pre_attn_scalar=16
-    )
-    return Gemma3ForCausalLM(config), _padded([_words(90 - 7 * row) for row in range(rows)])
-
-
-FAMILIES = {
-    "qwen2_vl": _qwen2_vl,
-    "llava_onevision": _llava_onevision,
-    "llama": _llama,
-    "gemma3": _gemma3,
-}
+from tests.decode.recorder import Recording
 
 
 @dataclass
@@ -191,6 +78,27 @@ def make_case():
 
     make.text = TEXT
     return make
+
+
+@pytest.fixture
+def recording(monkeypatch):
+    """Captures passes on the CPU, by a stand-in for CUDA graphs."""
+    fake = Recording()
+    monkeypatch.setattr(graphs, "unavailable", lambda devices: None)
+    monkeypatch.setattr(graphs, "capture", fake)
+    return fake
+
+
+@pytest.fixture(autouse=True)
+def captured(request, monkeypatch):
+    """With ``--captured`` every test has its passes captured, but those marked `eager`."""
+    if not request.config.getoption("--captured") or "recording" in request.fixturenames:
+        return
+    if request.node.get_closest_marker("eager") is not None:
+        pytest.skip("is about passes that are not captured")
+    request.getfixturevalue("recording")
+    # Whole buckets of selected keys would be all that these short prompts have.
+    monkeypatch.setattr(pool, "bucket", lambda tokens: tokens)
 
 
 @pytest.fixture(scope="session")

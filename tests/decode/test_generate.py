@@ -65,7 +65,7 @@ def test_built_in_processors(make_case, options):
 
 def test_drafts_go_through_the_stateless_processors(make_case):
     """Without them, hardly a draft would survive a processor that rules out half the tokens."""
-    case = make_case("llama", 0, max_new_tokens=24)
+    case = make_case("llama", 0, max_new_tokens=26)  # one and five whole rounds
     with std_decode.patched(case.model, draft_length=4, top_k_keys=10_000):
         case.generate(suppress_tokens=list(range(7, 60)), repetition_penalty=1.5)
         stats = std_decode.last_stats(case.model)

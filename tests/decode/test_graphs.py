@@ -2,28 +2,20 @@
 
 import gc
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import LogitsProcessor, LogitsProcessorList
+from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList
 
 import std_decode
 from std_decode import graphs
 from std_decode.cache import BufferLayer
 
 from tests.decode.observers import Watches
-from tests.decode.recorder import Recording
 
 PATCH = dict(draft_length=4, top_k_keys=6)
 FAMILIES = ("qwen2_vl", "llava_onevision", "llama", "gemma3")
-
-
-@pytest.fixture
-def recording(monkeypatch):
-    fake = Recording()
-    monkeypatch.setattr(graphs, "unavailable", lambda devices: None)
-    monkeypatch.setattr(graphs, "capture", fake)
-    return fake
 
 
 @pytest.mark.parametrize(
@@ -188,6 +180,7 @@ def test_what_cannot_be_captured_runs_as_it_is(make_case, recording, monkeypatch
         assert torch.equal(case.generate(), expected)
 
 
+@pytest.mark.eager
 @pytest.mark.parametrize("wanted", ["auto", True, False])
 def test_on_the_cpu_nothing_is_captured_and_the_stats_say_so(make_case, wanted):
     case = make_case("llama", 6)
@@ -198,12 +191,14 @@ def test_on_the_cpu_nothing_is_captured_and_the_stats_say_so(make_case, wanted):
     assert words in stats.eager_because and words in str(stats)
 
 
+@pytest.mark.eager
 def test_layers_on_several_devices_are_not_captured():
     devices = {torch.device("cuda", 0), torch.device("cuda", 1)}
     assert "several devices" in graphs.unavailable(devices)
     assert graphs.unavailable({torch.device("cuda", 0)}) is None
 
 
+@pytest.mark.eager
 @pytest.mark.parametrize("where", ["cpu", "disk"])
 def test_offloaded_weights_are_decoded_pass_by_pass(make_case, tmp_path, where):
     import accelerate
@@ -259,18 +254,53 @@ def test_few_graphs_live_at_a_time():
     assert len(kept.captured) == graphs.MOST_GRAPHS and 29 in kept.captured
 
 
-def test_two_hundred_calls_leave_nothing_behind(make_case, recording, monkeypatch):
-    monkeypatch.setattr(graphs, "capture", lambda step, pool: step)
+def test_passes_of_ever_new_shapes_pile_up_nothing(make_case, recording):
+    """Such as those of a model that takes a growing tensor at every step."""
+    case = make_case("llama", 3)
+    with std_decode.patched(case.model, draft_length=0):
+        case.generate()
+        engine = case.model._std_decode.engines.idle
+        stats = std_decode.last_stats(case.model)
+        engine.start(
+            lambda **inputs: SimpleNamespace(logits=inputs["growing"] * 2),
+            DynamicCache(),
+            None,
+            None,
+            stats,
+        )
+        for length in range(2, 40):
+            ids = torch.zeros(1, 1, dtype=torch.int64)
+            growing = torch.arange(1.0, length)
+            for _ in range(3):  # as it is, captured, replayed
+                got = engine.step("verify", ids, ids, {"growing": growing})
+                assert torch.equal(got, growing * 2)
+        assert len(engine.graphs.captured) == graphs.MOST_GRAPHS
+        assert len(engine.inputs) <= graphs.MOST_GRAPHS + 1
+        assert recording.captures > 30
+
+
+def live_bytes():
+    """Of the storages of all tensors that Python knows."""
+    gc.collect()
+    storages = {}
+    for thing in gc.get_objects():
+        if issubclass(type(thing), torch.Tensor):
+            storage = thing.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+    return sum(storages.values())
+
+
+@pytest.mark.parametrize("cuda_graphs", [True, False])
+def test_two_hundred_calls_leave_nothing_behind(make_case, recording, cuda_graphs):
+    """Prompts of many lengths, greedy and sampled, the cache kept and given away."""
     case = make_case("llama", 9)
-
-    def live():
-        gc.collect()
-        return sum(isinstance(thing, torch.Tensor) for thing in gc.get_objects())
-
-    with std_decode.patched(case.model, **PATCH):
-        for call in range(200):
-            case.model.generate(case.inputs["input_ids"][:, : 20 + call % 30], max_new_tokens=4)
-            if call == 40:
-                early = live()
-        assert live() == early
-        assert std_decode.last_stats(case.model).first_use_seconds == 0
+    ids = case.inputs["input_ids"]
+    with std_decode.patched(case.model, cuda_graphs=cuda_graphs, **PATCH):
+        for call in range(220):
+            how = dict(do_sample=call % 2 == 0, return_dict_in_generate=call % 5 == 0)
+            case.model.generate(ids[:, : 20 + call % 20], max_new_tokens=6, **how)
+            if call == 19:
+                early = live_bytes()
+        assert live_bytes() == early
+        stats = std_decode.last_stats(case.model)
+        assert stats.first_use_seconds == 0 and (stats.graph_replays > 0) == cuda_graphs

@@ -1,6 +1,8 @@
 """What a call keeps in memory is what its stats say, and rounds add nothing that grows with N."""
 
+import pytest
 import torch
+from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import std_decode
@@ -79,6 +81,7 @@ def test_buffers_are_made_once_and_grow_by_bucket(make_case, monkeypatch):
     assert stats.kv_cache_bytes == 768 * 3 * 2 * 2 * 16 * 4
 
 
+@pytest.mark.eager  # captured passes have importance for whole buckets
 def test_the_stats_state_what_selection_and_noise_keep(make_case):
     case = long_prompt(make_case, 300, rows=2)
     with std_decode.patched(case.model, **PATCH):
@@ -94,3 +97,68 @@ def test_the_stats_state_what_selection_and_noise_keep(make_case):
     with std_decode.patched(case.model, draft_length=0):
         case.generate()
         assert std_decode.last_stats(case.model).workspace_bytes == 0
+
+
+def buffers(model):
+    """What is kept between calls for the next one."""
+    idle = model._std_decode.engines.idle
+    if idle is None:
+        return []
+    layers = [x for layer in idle.cache.layers for x in (layer.keys, layer.values)]
+    return layers + [x for _, *group in idle.groups for x in group]
+
+
+class Memory:
+    """What the CPU's allocator did in a call, inside of operators too."""
+
+    def __init__(self, profiled):
+        events = sorted(profiled.profiler.kineto_results.events(), key=lambda e: e.start_ns())
+        self.changes, self.live, self.first_round = [], [0], None
+        for event in events:
+            if event.name() == "round" and self.first_round is None:
+                self.first_round = len(self.changes)
+            if event.name() == "[memory]":
+                self.changes.append(event.nbytes())
+                self.live.append(self.live[-1] + event.nbytes())
+
+    def peak(self):
+        """The most that a round saw, above what there was before the call."""
+        return max(self.live[self.first_round :])
+
+    def largest(self):
+        """The largest block that a round asked for."""
+        return max(self.changes[self.first_round :])
+
+
+@pytest.mark.parametrize("cuda_graphs", [False, True])
+def test_the_peak_is_weights_buffers_and_the_stated_workspace(
+    make_case, recording, monkeypatch, cuda_graphs
+):
+    """And no round copies the keys or values of a layer, nor moves them."""
+    plain, places = Decoding.round, []
+
+    def marked(self):
+        with record_function("round"):
+            plain(self)
+        places.append([(x.keys.data_ptr(), x.values.data_ptr()) for x in self.engine.cache.layers])
+
+    monkeypatch.setattr(Decoding, "round", marked)
+    # What comes and goes is of one layer, such as the scores that the ops for the CPU hold.
+    monkeypatch.setitem(make_case.text, "num_hidden_layers", 6)
+    monkeypatch.setitem(make_case.text, "hidden_size", 128)
+    case = long_prompt(make_case, 3000, rows=2)
+    weights = sum(parameter.nbytes for parameter in case.model.parameters())
+    with std_decode.patched(case.model, cuda_graphs=cuda_graphs, **PATCH):
+        for _ in range(2):  # afterwards nothing but replays, where there are any
+            case.generate()
+        kept = sum(live.nbytes for live in buffers(case.model))
+        places.clear()
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+            case.generate()
+        stats = std_decode.last_stats(case.model)
+    assert (stats.graph_replays > 0) == cuda_graphs and stats.rounds > 4
+    assert places == [places[0]] * len(places) and len(places) >= stats.rounds
+    memory = Memory(profiled)
+    assert memory.largest() < stats.kv_cache_bytes // (2 * 6)  # the keys of one layer
+    stated = weights + stats.kv_cache_bytes + stats.workspace_bytes
+    assert weights + kept + memory.peak() == pytest.approx(stated, rel=0.1)

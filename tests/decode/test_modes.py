@@ -126,27 +126,27 @@ def forced(monkeypatch, accepted):
 def test_a_row_does_not_wait_for_another_that_rejects(make_case, monkeypatch):
     """Each row takes as many passes as it would alone; in lockstep all take the most."""
     every = dict(draft_length=4, top_k_keys=10_000)
-    case = make_case("qwen2_vl", 0, rows=3, max_new_tokens=25)
+    case = make_case("qwen2_vl", 2, rows=3, max_new_tokens=26)
     expected = case.generate()
     forced(monkeypatch, [4, 4, 4])
     with std_decode.patched(case.model, **every):
         got = case.generate()
-        assert std_decode.last_stats(case.model).rounds == 5  # 24 tokens after the first
+        assert std_decode.last_stats(case.model).rounds == 5  # 25 tokens after the first
     assert torch.equal(expected, got)
     forced(monkeypatch, [4, 2, 0])
-    ends = [int(expected[row, -25 + step]) for row, step in enumerate((24, 14, 4))]
+    ends = [int(expected[row, -26 + step]) for row, step in enumerate((25, 12, 4))]
     case.options.update(eos_token_id=ends, pad_token_id=0)
     expected = case.generate()
-    tokens = 1 + torch.isin(expected[:, -25:], torch.tensor(ends)).int().argmax(dim=1)
-    assert tokens.tolist() == [25, 13, 5]
+    tokens = 1 + torch.isin(expected[:, -26:], torch.tensor(ends)).int().argmax(dim=1)
+    assert tokens.tolist() == [26, 13, 5]
     with std_decode.patched(case.model, **every):
         got = case.generate()
         ragged = std_decode.last_stats(case.model)
     assert torch.equal(expected, got)
-    # After the first: 24 tokens 5 at a time, 12 tokens 3 at a time, 4 one at a time.
+    # After the first: 25 tokens 5 at a time, 12 tokens 3 at a time, 4 one at a time.
     assert ragged.rounds == 5
-    assert ragged.emitted == 25 + 13 + 5
-    assert ragged.accepted == (4 * 4 + 3) + 4 * 2 + 0
+    assert ragged.emitted == 26 + 13 + 5
+    assert ragged.accepted == 4 * 5 + 4 * 2 + 0
 
 
 def test_ragged_takes_fewer_rounds_than_lockstep(make_case):
@@ -194,7 +194,7 @@ def test_processors_get_each_rows_own_text(make_case, processors, do_sample):
 
 def test_drafts_go_through_each_rows_processors(make_case):
     """Without them, or with another row's text, hardly a draft would be accepted."""
-    case = make_case("llama", 0, rows=3, max_new_tokens=24, **TEXT_PROCESSORS)
+    case = make_case("llama", 0, rows=3, max_new_tokens=26, **TEXT_PROCESSORS)
     with std_decode.patched(case.model, draft_length=4, top_k_keys=10_000):
         case.generate(suppress_tokens=list(range(7, 60)))
         stats = std_decode.last_stats(case.model)

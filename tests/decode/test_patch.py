@@ -186,6 +186,7 @@ def test_a_wrapped_model_is_looked_through(make_case, name):
     assert type(inner) is kind and not std_decode.is_patched(case.model)
 
 
+@pytest.mark.eager  # what is counted is not called again in a replay
 def test_a_model_compiled_in_place(make_case, monkeypatch):
     """Its passes are those of the compiled call, which here is not compiled: that takes 20 s."""
     passes = []
