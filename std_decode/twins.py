@@ -173,6 +173,8 @@ class Twins:
         """Why a layer keeps its weights, or None."""
         if type(layer) not in (nn.Linear, TwinnedLinear):
             return f"a {type(layer).__name__}, which is no plain nn.Linear"
+        if type(layer) is TwinnedLinear and layer._std_decode_twin.owner is not self:
+            return "a layer shared with another patched model, which has its twin"
         if self.compiles and "forward" in vars(layer):
             return "a replaced forward, which compile=True does not go with"
         return quantize.refusal(local(layer.weight))

@@ -231,6 +231,26 @@ def test_two_models_in_two_threads(make_case):
     assert rates[1] == 1.0 > rates[0]  # every key, so its own weights are always right
 
 
+@pytest.mark.parametrize("leaves_first", [0, 1])
+def test_two_models_do_not_draft_with_each_others_twins(make_case, leaves_first):
+    cases = make_case("llama", 3), make_case("llama", 3)
+    cases[1].model.model = cases[0].model.model
+    expected = [case.generate() for case in cases]
+    for case in cases:
+        std_decode.patch(case.model, **PATCH)
+    for layer in cases[0].model.model.modules():
+        if isinstance(layer, TwinnedLinear):
+            layer._std_decode_twin.scales.fill_(float("nan"))
+    for case, tokens, accepts in zip(cases, expected, (False, True)):
+        case.assert_same_tokens(tokens, case.generate())
+        assert (std_decode.last_stats(case.model).accepted > 2) == accepts
+    assert "21 x a layer shared" in std_decode.last_stats(cases[1].model).draft_weights_because
+    for which in (leaves_first, 1 - leaves_first):
+        std_decode.unpatch(cases[which].model)
+    assert not twinned(cases[0].model) and not twinned(cases[1].model)
+    assert all("_std_decode_twin" not in vars(x) for x in cases[0].model.modules())
+
+
 # Adapters and changed weights
 
 
