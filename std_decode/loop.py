@@ -13,11 +13,13 @@ see every step of the whole batch, lockstep.py does it instead.
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from std_decode.cost import DraftLength, FixedLength
 from std_decode.engine import Engine, shared_inputs
 from std_decode.rows import Rows
 from std_decode.sampling import Chooser
@@ -32,15 +34,20 @@ class Decoding:
         engine: before prefill.
         choose: the rule that chooses draft and dense tokens.
         rows: the prompt, and when its rows end.
-        draft_length: gamma, the most tokens a round drafts.
+        length: how many tokens each round drafts.
         streamer: gets each token once it is known; only with a single row.
     """
 
     def __init__(
-        self, engine: Engine, choose: Chooser, rows: Rows, draft_length: int, streamer: Any = None
+        self,
+        engine: Engine,
+        choose: Chooser,
+        rows: Rows,
+        length: DraftLength | FixedLength,
+        streamer: Any = None,
     ):
         self.engine, self.choose, self.rows = engine, choose, rows
-        self.draft_length, self.streamer = draft_length, streamer
+        self.length, self.streamer = length, streamer
         self.step_limit = 0  # that the rows may come to in this round
         self.row_passes = 0  # dense passes after prefill, once for each row that went on
 
@@ -75,17 +82,23 @@ class Decoding:
 
     def round(self) -> None:
         rows, cache = self.rows, self.engine.cache
-        gamma = self.draft_length
+        going, before, spent = rows.going(), time.perf_counter(), self.engine.spent()
+        gamma = self.length.choose(going)
         if self.engine.graphs is None:  # with graphs shapes repeat, and drafts too many are cut
             gamma = max(0, min(gamma, rows.most_steps_left() - 1))
-        self.row_passes += len(rows.going())
-        self.engine.stats.drafted += gamma * len(rows.going())
+        self.row_passes += len(going)
+        self.engine.stats.drafted += gamma * len(going)
         self.begin_round(gamma)
         tokens, logits = self.engine.draft_and_verify(
             rows.pending(), self.positions(gamma + 1), gamma, self.draft, self.shared
         )
         given = self.accept(tokens[:, 1:], logits)
         cache.advance(given, cache.prompt + max(rows.at) - 1)
+        drafting, _, first_use = (now - then for now, then in zip(self.engine.spent(), spent))
+        rest = time.perf_counter() - before - drafting
+        gained = sum(self.own[row] for row in going) / len(going)
+        agreed = {row: self.agreed[row] for row in going}
+        self.length.observe(gamma, agreed, drafting, rest, gained, first_use > 0)
 
     def begin_round(self, gamma: int) -> None:
         """Make room for a round's tokens, and have the random numbers that choose them."""
@@ -122,10 +135,11 @@ class Decoding:
         step = torch.arange(chosen.shape[1], device=given.device)
         undefined = torch.stack([nan for _, nan in choices], dim=1) & (step < given[:, None])
         before = rows.at
-        own_, accepted, undefined_ = rows.read(own, torch.minimum(agreed, own), undefined.sum(1))
+        read = rows.read(own, torch.minimum(agreed, own), agreed, undefined.sum(1))
+        self.own, accepted, self.agreed, undefined_ = read
         if any(undefined_):  # as torch.multinomial has it
             raise RuntimeError("probability tensor contains either `inf`, `nan` or element < 0")
-        stats.emitted += sum(own_)
+        stats.emitted += sum(self.own)
         stats.accepted += sum(accepted)
         if self.streamer is not None:
             for token in rows.text[0, rows.prompt + before[0] : rows.prompt + rows.at[0]].cpu():

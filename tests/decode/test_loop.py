@@ -9,7 +9,7 @@ from std_decode.cache import BufferLayer
 from std_decode.engine import Engine
 from std_decode.sampling import upcoming_noise
 from std_decode.selection import plan_selection
-from std_decode.stats import DecodeStats
+from std_decode.stats import Clock, DecodeStats
 
 
 def test_importance_is_the_best_share_lately():
@@ -20,7 +20,7 @@ def test_importance_is_the_best_share_lately():
     cache = SimpleNamespace(prompt=0, capacity=32, is_prompt=None, most_drafts=4)
     layers = cache.selecting_layers = [BufferLayer(cache, None) for _ in range(2)]
     engine = Engine(None, {}, cache, True)
-    engine.stats = DecodeStats()
+    engine.clock = Clock(DecodeStats(), torch.device("cpu"))
 
     def chosen(*scores):
         for layer in layers:
