@@ -21,10 +21,8 @@ from torch import Tensor
 
 from std_decode.cost import DraftLength, FixedLength
 from std_decode.engine import Engine, shared_inputs
-from std_decode.rows import Rows
+from std_decode.rows import MOST_TOKENS_PER_PASS, Rows
 from std_decode.sampling import Chooser
-
-MOST_TOKENS_PER_PASS = 64  # of std_kernels.verify_attention
 
 
 class Decoding:
@@ -128,16 +126,17 @@ class Decoding:
             How many tokens each row was given, ``[B]``.
         """
         rows, stats = self.rows, self.engine.stats
-        choices = [self.choose(logits[:, t], rows, t) for t in range(logits.shape[1])]
-        chosen = torch.stack([token for token, _ in choices], dim=1)
+        chosen, undefined = self.choose.each(logits, rows)
         agreed = (drafts == chosen[:, :-1]).long().cumprod(dim=1).sum(dim=1)
         given, own = rows.keep(chosen, agreed, self.step_limit)
-        step = torch.arange(chosen.shape[1], device=given.device)
-        undefined = torch.stack([nan for _, nan in choices], dim=1) & (step < given[:, None])
+        if undefined is not None:
+            undefined = (undefined & (rows.ahead[: chosen.shape[1]] < given[:, None])).sum(dim=1)
         before = rows.at
-        read = rows.read(own, torch.minimum(agreed, own), agreed, undefined.sum(1))
-        self.own, accepted, self.agreed, undefined_ = read
-        if any(undefined_):  # as torch.multinomial has it
+        self.own, self.agreed, *unusable = rows.read(
+            own, agreed, *([] if undefined is None else [undefined])
+        )
+        accepted = map(min, self.agreed, self.own)
+        if any(map(any, unusable)):  # as torch.multinomial has it
             raise RuntimeError("probability tensor contains either `inf`, `nan` or element < 0")
         stats.emitted += sum(self.own)
         stats.accepted += sum(accepted)
@@ -148,7 +147,7 @@ class Decoding:
 
     def positions(self, count: int) -> Tensor:
         """Position ids of each row's pending token and those after it, ``[..., B, count]``."""
-        step = self.rows.steps[:, None] - 1 + torch.arange(count, device=self.rows.steps.device)
+        step = self.rows.steps[:, None] - 1 + self.rows.ahead[:count]
         # The last possible token is never read; drafts from there on are not kept, but a position
         # table may end.
         return self.first_position + step.clamp(max=max(0, self.rows.ends.most_steps - 2))
