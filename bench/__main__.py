@@ -4,7 +4,7 @@ import argparse
 import sys
 from importlib import import_module
 
-_COMMANDS = ("compile", "decode", "roofline", "gpu")
+_COMMANDS = ("compile", "decode", "roofline", "selection", "gpu")
 
 _EPILOG = """\
 examples:
@@ -12,6 +12,7 @@ examples:
   python -m bench compile --arch sm_90 --op select_topk
   python -m bench decode --quick                 a whole model's decoding, here a tiny one's
   python -m bench roofline --model qwen2-vl-7b --gpu h200 --batch 8 --context 25000
+  python -m bench selection --out trial           rules of re-selection, on the demo model
   python -m bench gpu --out round1              on a GPU: test, then time, in under 9 minutes
 """
 
