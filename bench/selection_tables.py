@@ -111,7 +111,7 @@ def _cost(options: argparse.Namespace, found: Found) -> Table:
             cells.append(median(map(_round_ms, here)))
             rate = median(1e3 * one["tokens_per_pass"] / _round_ms(one) for one in here)
             rows.append([f"{tokens:,}", str(keys), rule, *map(_number, cells), f"{rate:.0f}"])
-    return "Cost: medians over clips", head, rows
+    return "Cost by the host's clock, other load included: medians over clips", head, rows
 
 
 def _round_ms(one: dict[str, Any]) -> float:
