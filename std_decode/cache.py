@@ -24,8 +24,8 @@ NO_MASK = -(2**40)  # a key offset that no mask is ever asked for
 MOST_NEW_TOKENS = 1024  # room made at first; more comes by growing
 
 # Tokens per dense pass on the demo model at gamma 4: never re-selecting, going by the newest
-# scores alone, and with this: 4,096 video tokens and 64 keys 3.82, 3.85, 4.60; 256 keys 3.91,
-# 4.75, 4.85; 16,384 video tokens and 64 keys 3.99, 3.87, 4.69; 256 keys 3.87, 4.69, 4.69. By the
+# scores alone, and with this: 4,096 video tokens and 64 keys 3.82, 3.77, 4.60; 256 keys 3.91,
+# 4.74, 4.85; 16,384 video tokens and 64 keys 3.99, 3.87, 4.69; 256 keys 3.87, 4.69, 4.69. By the
 # exact softmax 4.84 to 4.95. What ties with this and what loses: bench/results/selection.md.
 FADE = 0.9
 
