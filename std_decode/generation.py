@@ -23,7 +23,6 @@ from std_decode.cache import CACHE, MOST_NEW_TOKENS
 from std_decode.eligibility import fallback_reason, left_padding, lockstep_reason, prompt_parts
 from std_decode.engine import Engine
 from std_decode.lockstep import Lockstep
-from std_decode.loop import Decoding
 from std_decode.rows import Ends, Rows
 from std_decode.sampling import Chooser, Drafter
 from std_decode.selection import plan_selection, visual_tokens
@@ -77,7 +76,7 @@ def sample(
                 config.do_sample,
                 _noise_window(options, len(input_ids)),
             )
-            decoding = Decoding(engine, choose, rows, options.draft_length, streamer)
+            decoding = options.decoding(engine, choose, rows, options.draft_length, streamer)
             output = decoding.run(model, input_ids, config, kwargs)
             if _outlives(given, config):
                 decoding.complete_cache(output)
