@@ -87,6 +87,9 @@ def test_only_what_is_needed_is_decoded(tmp_path, monkeypatch):
     monkeypatch.setattr(av, "open", lambda *args, **more: Counting(opened(*args, **more)))
     read_video(tmp_path / "a.mp4", 3)
     assert len(decoded) < 40 and len(decoded) == len(set(decoded))
+    decoded.clear()
+    read_video(tmp_path / "a.mp4", 60)
+    assert len(decoded) == 60
 
 
 def test_a_turned_video_is_upright(tmp_path):
