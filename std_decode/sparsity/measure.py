@@ -6,6 +6,7 @@ ops, with someone looking on: `Decoding` is subclassed, nothing of it is done a 
 
 from __future__ import annotations
 
+import copy
 import statistics
 import time
 from collections import defaultdict
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from std_decode.attention import Pass, observed_by
-from std_decode.cache import BufferLayer
+from std_decode.cache import CACHE, BufferLayer
 from std_decode.loop import Decoding
 from std_decode.patching import last_stats, patched
 from std_decode.selection import MOST_INDICES, plan_selection, visual_tokens
@@ -201,7 +202,8 @@ def watched(
 
     Args:
         model: unpatched.
-        inputs: of one prompt, as generate takes them.
+        inputs: of one prompt, as generate takes them; a cache among them is copied, so that it
+            can be given again.
         kind: makes the `Decoding` of the call.
         most_tokens: `max_new_tokens`.
         sampling: options of generate; None decodes greedily.
@@ -219,6 +221,8 @@ def watched(
         made.append(kind(*arguments, **more))
         return made[-1]
 
+    if CACHE in inputs:
+        inputs = {**inputs, CACHE: copy.deepcopy(inputs[CACHE])}
     with patched(model, **options):
         model._std_decode.decoding = make
         output = model.generate(**inputs, **(sampling or GREEDY), max_new_tokens=most_tokens)

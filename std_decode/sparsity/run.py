@@ -24,6 +24,7 @@ from std_decode.cli import BadInput
 from std_decode.output import check_file, check_picture, png, replace_file
 from std_decode.sparsity import measure
 from std_decode.sparsity.page import draw
+from std_decode.sparsity.prompt import with_cache
 from std_decode.sparsity.suggest import Suggestion, speedups, suggest, suggest_keys
 
 
@@ -156,7 +157,7 @@ def _measure(
         most = measure.candidates(model, inputs)
         sweep = sorted({k for k in options.top_k_keys if k < most} | {most})
         lengths = [0, *sorted(set(options.draft_lengths))]
-        task = progress.add_task("the dense answer", total=1 + len(sweep) + 2 * len(lengths))
+        task = progress.add_task("the dense answer", total=2 + len(sweep) + 2 * len(lengths))
         _, answer, stats = measure.watched(
             model, inputs, measure.Timed, question.most_tokens, draft_length=0
         )
@@ -167,6 +168,8 @@ def _measure(
             f"the dense answer has {len(answer)} tokens, too few to measure drafts by; ask for "
             "a longer one"
         )
+    progress.update(task, advance=1, description="the video, once and for all")
+    inputs = with_cache(model, inputs, answer)
     points, text, best = [], {}, {}
     for keys in sweep:
         progress.update(task, advance=1, description=f"along the answer with {keys} keys")

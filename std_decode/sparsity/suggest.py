@@ -10,7 +10,7 @@ import numpy as np
 from std_decode.cost import expected_tokens
 from std_decode.sparsity.measure import SWEEP_DRAFT_LENGTH, DraftsPoint, KeysPoint
 
-ENOUGH = 0.97  # of the most tokens a round that any number of keys gives
+ENOUGH = 0.95  # of the most tokens a round that any number of keys gives
 LEAST_GAIN = 1.03  # less than this is what timing varies by
 NEARLY = 0.98  # of the best speed that a shorter draft length needs to have
 

@@ -15,6 +15,7 @@ from std_decode.sparsity.measure import (
     time_rounds,
     watched,
 )
+from std_decode.sparsity.prompt import with_cache
 from std_decode.sparsity.suggest import speedups, suggest, suggest_keys
 
 TOKENS = 14
@@ -117,6 +118,27 @@ def test_rounds_are_counted_as_generate_counts_them(question):
     assert torch.equal(told, answer)
     assert 0 < timed.rejected <= stats.drafted - stats.accepted <= timed.rejected + 1
     assert drafted[0].acceptance == stats.accepted / (stats.accepted + timed.rejected)
+
+
+def test_the_video_is_read_once_and_the_figures_stay(question, monkeypatch):
+    model, inputs, answer, _ = question
+    once = with_cache(model, inputs, answer)
+    assert "pixel_values_videos" not in once and once["input_ids"] is inputs["input_ids"]
+    _, told, stats = watched(model, once, Timed, TOKENS, top_k_keys=6, draft_length=2)
+    last = int((inputs["input_ids"][0] == model.config.video_token_id).nonzero().max())
+    assert torch.equal(told, answer) and stats.reused_tokens == last + 1
+    for count in (3, 9):  # the cache is as it was, for the next
+        (whole, _), (shared, _) = (teach(model, x, answer, count) for x in (inputs, once))
+        assert (shared.drafted, shared.agreed) == (whole.drafted, whole.agreed)
+        for layer, kept in whole.kept.items():
+            assert shared.kept[layer] == pytest.approx(kept, abs=1e-5)
+
+
+def test_a_model_that_does_not_go_on_from_a_cache_reads_it_all(question):
+    model, inputs, answer, _ = question
+    assert with_cache(model, inputs, answer.flip(0)) is inputs  # as if the answer had changed
+    text = {**inputs, "mm_token_type_ids": torch.zeros_like(inputs["mm_token_type_ids"])}
+    assert with_cache(model, text, answer) is text
 
 
 def test_a_call_that_cannot_be_looked_into_says_why(question):
