@@ -24,7 +24,6 @@ from std_decode.cost import Workload
 from std_decode.eligibility import fallback_reason, left_padding, lockstep_reason, prompt_parts
 from std_decode.engine import Engine
 from std_decode.lockstep import Lockstep
-from std_decode.loop import Decoding
 from std_decode.ranks import lead
 from std_decode.rows import Ends, Rows
 from std_decode.sampling import Chooser, Drafter
@@ -81,7 +80,7 @@ def sample(
                 config.do_sample,
                 _noise_window(options, len(input_ids)),
             )
-            decoding = Decoding(engine, choose, rows, length, streamer)
+            decoding = options.decoding(engine, choose, rows, length, streamer)
             output = decoding.run(model, input_ids, config, kwargs)
             if _outlives(given, config):
                 decoding.complete_cache(output)

@@ -22,6 +22,7 @@ from std_decode.cache import CACHE, SparseToDenseCache
 from std_decode.cost import FixedLength, Policy, Workload
 from std_decode.eligibility import attention_layers
 from std_decode.generation import sample
+from std_decode.loop import Decoding
 from std_decode.pool import Engines
 from std_decode.selection import VisualMask
 from std_decode.stats import DecodeStats
@@ -46,6 +47,7 @@ class _Patch:
     draft_weights: weights.DraftWeights
     workload: Workload
     stats: DecodeStats | None = None
+    decoding: type[Decoding] = Decoding  # a subclass looks on, see sparsity/measure.py
 
 
 def patch(
