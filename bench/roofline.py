@@ -42,7 +42,8 @@ bandwidth, or as its multiplications at the peak of dense bfloat16, whichever is
   draft          the same weights, or 4-bit ones, and --top-k-keys keys and values a row and layer
   verification   a dense pass over --draft-length + 1 tokens of each row
   4-bit weights  {FOUR_BIT_BYTES:g} bytes each: 4 bits, and a bfloat16 scale and zero for each
-                 group of {GROUP}; the LM head too. Norms, biases and expert routers stay bfloat16
+                 group of {GROUP}; the LM head too. Norms, biases and expert routers stay bfloat16.
+                 patch(draft_weights="int4") makes them, but not yet of a model's MoE experts
   experts        each token takes its own, evenly and independently, so a verification reads more
                  of them than a step does
   --acceptance   the chance that a draft agrees, given that those before it did

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from std_decode import twin_cache
 from std_decode.cost import Device, Workload, expected_tokens
 from std_decode.memory import free_memory, gigabytes
-from std_decode.twins import Twins
+from std_decode.twins import Twins, local
 
 # "auto" has to decide before any prompt is seen, so it goes by one that people patch for.
 CONTEXT, ACCEPTANCE, MOST_DRAFTS = 25_000, 0.9, 16
@@ -91,7 +91,11 @@ def check(wanted: Any, cache: Any) -> None:
 
 
 def prepare(
-    model: Any, wanted: Literal["int4", "auto"] | None, cache: Any, top_k_keys: int
+    model: Any,
+    wanted: Literal["int4", "auto"] | None,
+    cache: Any,
+    top_k_keys: int,
+    compiles: bool = False,
 ) -> DraftWeights:
     """Make the twins that are wanted. The model is not changed.
 
@@ -101,7 +105,7 @@ def prepare(
     """
     if wanted is None:
         return DraftWeights()
-    twins = Twins(model)
+    twins = Twins(model, compiles)
     if wanted == "int4" and twins.missing:
         warnings.warn(
             f"std_decode: drafts keep the model's weights: {twins.missing}", stacklevel=4
@@ -111,7 +115,7 @@ def prepare(
         gains, because = decide(model, twins, top_k_keys)
         if not gains:
             return DraftWeights(because=because)
-        most_rows = MOST_ROWS[twins.twins[0].layer.weight.device.type]
+        most_rows = MOST_ROWS[twins.twins[0].weight.device.type]
     if cache is None:
         twins.make(model)
     else:
@@ -133,8 +137,8 @@ def decide(model: Any, twins: Twins, top_k_keys: int) -> tuple[bool, str]:
     predicted = f"{four_bit:.2f}x with 4-bit drafts, {own:.2f}x with the model's weights ({where})"
     if four_bit < LEAST_GAIN * max(1.0, own):
         return False, f"auto: predicted {predicted}"
-    for device in {twin.layer.weight.device for twin in twins.twins}:
-        there = [twin for twin in twins.twins if twin.layer.weight.device == device]
+    for device in {twin.weight.device for twin in twins.twins}:
+        there = [twin for twin in twins.twins if twin.weight.device == device]
         needed, free = sum(twin.planned_bytes for twin in there), free_memory(device)
         if needed > MOST_SHARE * free:
             return False, (
@@ -150,10 +154,11 @@ def workload_of(model: Any, top_k_keys: int, twins: Twins | None = None) -> Work
     head = model.get_output_embeddings()
     read = {id(p): p for p in model.get_decoder().parameters() if p is not embedding}
     read |= {} if head is None else {id(p): p for p in head.parameters()}
+    read = {key: local(weight) for key, weight in read.items()}
     weights = sum(weight.nbytes for weight in read.values())
     four_bit = None
     if twins is not None:
-        own = sum(twin.layer.weight.nbytes for twin in twins.twins)
+        own = sum(twin.weight.nbytes for twin in twins.twins)
         four_bit = weights - own + twins.planned_bytes
     config = model.get_decoder().config
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads

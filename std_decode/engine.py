@@ -15,6 +15,7 @@ from std_decode.cache import CACHE, BufferLayer, SparseToDenseCache
 from std_decode.graphs import Graphs
 from std_decode.selection import Selection
 from std_decode.stats import Clock, DecodeStats
+from std_decode.twins import Twins
 from std_kernels import select_topk
 
 # What generate passes per token that a round works out for itself; the rest it hands on.
@@ -96,7 +97,7 @@ class Engine:
         kv_start: Tensor | None,
         selection: Selection | None,
         stats: DecodeStats,
-        twins: object = None,
+        twins: Twins | None = None,
     ) -> None:
         """Begin a generate call.
 
@@ -249,10 +250,12 @@ class Engine:
         """A pass as it is captured: nothing in it asks the device for a value."""
         self.cache.expect(tokens.shape[1])
         running = Pass(phase, self.cache, self.layers, rescore=rescore)
-        if phase == "draft":
-            running.twins = self.twins
         inputs = {"input_ids": tokens, "position_ids": positions, **shared}
-        return self.run(running, inputs).logits
+        if phase != "draft" or self.twins is None:
+            return self.run(running, inputs).logits
+        running.twins = self.twins
+        with self.twins.reading():
+            return self.run(running, inputs).logits
 
     def run(self, running: Pass, inputs: dict[str, Any]) -> Any:
         inputs = {**inputs, CACHE: self.cache, "use_cache": True, "return_dict": True}

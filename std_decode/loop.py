@@ -90,13 +90,13 @@ class Decoding:
         tokens, logits = self.engine.draft_and_verify(
             rows.pending(), self.positions(gamma + 1), gamma, self.draft, self.shared
         )
-        given = self.accept(tokens[:, 1:], logits)
+        given, own, agreed = self.accept(tokens[:, 1:], logits)
         cache.advance(given, cache.prompt + max(rows.at) - 1)
         drafting, _, first_use = (now - then for now, then in zip(self.engine.spent(), spent))
         rest = time.perf_counter() - before - drafting
-        gained = sum(self.own[row] for row in going) / len(going)
-        agreed = {row: self.agreed[row] for row in going}
-        self.length.observe(gamma, agreed, drafting, rest, gained, first_use > 0)
+        gained = sum(own[row] for row in going) / len(going)
+        right = {row: agreed[row] for row in going}
+        self.length.observe(gamma, right, drafting, rest, gained, first_use > 0)
 
     def begin_round(self, gamma: int) -> None:
         """Make room for a round's tokens, and have the random numbers that choose them."""
@@ -115,7 +115,7 @@ class Decoding:
         self.rows.write(token[:, None], step)
         return token
 
-    def accept(self, drafts: Tensor, logits: Tensor) -> Tensor:
+    def accept(self, drafts: Tensor, logits: Tensor) -> tuple[Tensor, list[int], list[int]]:
         """Keep the drafts that agree with the dense choice, and the dense choice after them.
 
         Args:
@@ -123,27 +123,27 @@ class Decoding:
             logits: dense, before each of them and after the last, ``[B, gamma + 1, V]``.
 
         Returns:
-            How many tokens each row was given, ``[B]``.
+            How many tokens each row was given, ``[B]``; and as the host knows it, how many of
+            these are its own, and how many drafts agreed.
         """
         rows, stats = self.rows, self.engine.stats
         chosen, undefined = self.choose.each(logits, rows)
-        agreed = (drafts == chosen[:, :-1]).long().cumprod(dim=1).sum(dim=1)
-        given, own = rows.keep(chosen, agreed, self.step_limit)
+        agreeing = (drafts == chosen[:, :-1]).long().cumprod(dim=1).sum(dim=1)
+        given, kept = rows.keep(chosen, agreeing, self.step_limit)
         if undefined is not None:
             undefined = (undefined & (rows.ahead[: chosen.shape[1]] < given[:, None])).sum(dim=1)
         before = rows.at
-        self.own, self.agreed, *unusable = rows.read(
-            own, agreed, *([] if undefined is None else [undefined])
+        own, agreed, *unusable = rows.read(
+            kept, agreeing, *([] if undefined is None else [undefined])
         )
-        accepted = map(min, self.agreed, self.own)
         if any(map(any, unusable)):  # as torch.multinomial has it
             raise RuntimeError("probability tensor contains either `inf`, `nan` or element < 0")
-        stats.emitted += sum(self.own)
-        stats.accepted += sum(accepted)
+        stats.emitted += sum(own)
+        stats.accepted += sum(map(min, agreed, own))
         if self.streamer is not None:
             for token in rows.text[0, rows.prompt + before[0] : rows.prompt + rows.at[0]].cpu():
                 self.streamer.put(token[None])
-        return given
+        return given, own, agreed
 
     def positions(self, count: int) -> Tensor:
         """Position ids of each row's pending token and those after it, ``[..., B, count]``."""

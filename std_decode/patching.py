@@ -123,7 +123,7 @@ def patch(
             "call unpatch(model) first to change the options"
         )
     layers = attention_layers(target)
-    drafting = weights.prepare(target, draft_weights, draft_weights_cache, top_k_keys)
+    drafting = weights.prepare(target, draft_weights, draft_weights_cache, top_k_keys, compile)
     target._std_decode = _Patch(
         type(target),
         layers,

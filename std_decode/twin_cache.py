@@ -55,7 +55,7 @@ def fingerprint(twins: Twins) -> str:
     """Of the weights that twins are made of: names, shapes and a sample of each layer's values."""
     digest = hashlib.sha256()
     for twin in twins.twins:
-        weight = twin.layer.weight.detach()
+        weight = twin.weight.detach()
         sample = weight.flatten()[:: max(1, weight.numel() // SAMPLE)].float().cpu()
         digest.update(f"{twin.name} {tuple(weight.shape)} {weight.dtype}".encode())
         digest.update(sample.numpy().tobytes())

@@ -3,6 +3,8 @@
 From patch to unpatch a layer with a twin is of class `TwinnedLinear`. In a draft pass of the
 patched model it multiplies with the twin, everywhere else with its own weights. So a captured
 draft has the twins in it, a captured verification the weights; nothing is switched at each step.
+Where a layer's forward was replaced, as tensor parallelism does, the class stays, and in a draft
+the product is recognised by the weights that it is called with.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from threading import RLock
 from typing import Any
@@ -17,6 +20,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from std_decode import quantize
 from std_decode.attention import running_pass
@@ -41,12 +45,31 @@ class TwinnedLinear(nn.Linear):
         return F.linear(input, self.weight, self.bias)
 
 
+class _Recognised(TorchFunctionMode):
+    """Within, products with the weights of these twins' layers are products with the twins."""
+
+    def __init__(self, twins: list[Twin]):
+        super().__init__()
+        self.twins = {twin.weight.data_ptr(): twin for twin in twins}
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is F.linear and type(args[1]) in (Tensor, nn.Parameter):
+            twin = self.twins.get(args[1].data_ptr())
+            if twin is not None and twin.packed is not None and twin.weight.shape == args[1].shape:
+                bias = args[2] if len(args) > 2 else (kwargs or {}).get("bias")
+                return quantize.linear(args[0], twin.packed, twin.scales, twin.group, bias)
+        return func(*args, **(kwargs or {}))
+
+
 @dataclass(eq=False)
 class Twin:
-    """The 4-bit copy of one layer's weights.
+    """The 4-bit copy of one layer's weights, of this process's share of them.
 
     Attributes:
         name: of the layer in the model.
+        wrapped: whether the layer's forward was replaced.
         packed, scales, group: see `quantize`; None until made, and in copies of a model.
         made_of: what it was made of, see `_made_of`.
     """
@@ -54,21 +77,26 @@ class Twin:
     name: str
     layer: nn.Linear
     owner: Twins
+    wrapped: bool
     packed: Tensor | None = None
     scales: Any = None
     group: int = 0
     made_of: Any = None
 
     @property
+    def weight(self) -> Tensor:
+        return local(self.layer.weight)
+
+    @property
     def planned_bytes(self) -> int:
-        return quantize.nbytes(*self.layer.weight.shape)
+        return quantize.nbytes(*self.weight.shape)
 
     @property
     def nbytes(self) -> int:
         return 0 if self.packed is None else self.packed.nbytes + self.scales.nbytes
 
     def take(self, quantized: quantize.Quantized) -> None:
-        values, scales = (part.to(self.layer.weight.device) for part in quantized)
+        values, scales = (part.to(self.weight.device) for part in quantized)
         packed, known = quantize.pack(values), self.packed
         if known is None or known.device != packed.device or known.shape != packed.shape:
             self.packed, self.scales, self.group = packed, scales, quantized.group
@@ -87,20 +115,24 @@ class Twin:
 class Twins:
     """The twins of one patched model. Nothing is made or changed before `make` and `attach`.
 
+    Args:
+        compiles: whether drafts are compiled; the compiler does not see who recognises weights.
+
     Attributes:
         twins: of the layers that can have one.
         kept: why other layers keep their weights, by name.
         missing: why there are none although there should be, or None.
     """
 
-    def __init__(self, model: Any):
+    def __init__(self, model: Any, compiles: bool = False):
+        self.compiles = compiles
         self.twins: list[Twin] = []
         self.kept: dict[str, str] = {}
         self.missing: str | None = None
         for name, layer in _linear_layers(model):
-            reason = _refusal(layer)
+            reason = self._refusal(layer)
             if reason is None:
-                self.twins.append(Twin(name, layer, self))
+                self.twins.append(Twin(name, layer, self, "forward" in vars(layer)))
             else:
                 self.kept[name] = reason
         if not self.twins:
@@ -126,14 +158,31 @@ class Twins:
 
     def attach(self) -> None:
         for twin in self.twins:
-            twin.layer._std_decode_twin = twin
-            twin.layer.__class__ = TwinnedLinear
+            if not twin.wrapped:
+                twin.layer._std_decode_twin = twin
+                twin.layer.__class__ = TwinnedLinear
 
     def detach(self) -> None:
         for twin in self.twins:
-            twin.layer.__class__ = nn.Linear
-            del twin.layer._std_decode_twin
+            if not twin.wrapped:
+                twin.layer.__class__ = nn.Linear
+                del twin.layer._std_decode_twin
             twin.drop()
+
+    def _refusal(self, layer: nn.Linear) -> str | None:
+        """Why a layer keeps its weights, or None."""
+        if type(layer) not in (nn.Linear, TwinnedLinear):
+            return f"a {type(layer).__name__}, which is no plain nn.Linear"
+        if type(layer) is TwinnedLinear and layer._std_decode_twin.owner is not self:
+            return "a layer shared with another patched model, which has its twin"
+        if self.compiles and "forward" in vars(layer):
+            return "a replaced forward, which compile=True does not go with"
+        return quantize.refusal(local(layer.weight))
+
+    def reading(self) -> AbstractContextManager[Any]:
+        """What a draft runs in, so that wrapped layers read their twins."""
+        wrapped = [twin for twin in self.twins if twin.wrapped]
+        return _Recognised(wrapped) if wrapped else nullcontext()
 
     def make(
         self,
@@ -159,7 +208,7 @@ class Twins:
                 return
             for twin in stale:
                 self.kept.pop(twin.name, None)
-                reason = _refusal(twin.layer)
+                reason = self._refusal(twin.layer)
                 if reason is not None:
                     twin.drop()
                     self.kept[twin.name] = reason
@@ -168,7 +217,7 @@ class Twins:
             for twin in _with_progress(stale):
                 quantized = read(twin.name)
                 if quantized is None:
-                    quantized = quantize.quantize(twin.layer.weight)
+                    quantized = quantize.quantize(twin.weight)
                     keep(twin.name, quantized)
                 twin.take(quantized)
                 twin.made_of = now[twin]
@@ -203,20 +252,16 @@ def _linear_layers(model: Any) -> Iterator[tuple[str, nn.Linear]]:
             yield names[module], module
 
 
-def _refusal(layer: nn.Linear) -> str | None:
-    """Why a layer keeps its weights, or None."""
-    if type(layer) not in (nn.Linear, TwinnedLinear):
-        return f"a {type(layer).__name__}, which is no plain nn.Linear"
-    if "forward" in vars(layer):
-        return "a replaced forward, as of tensor parallelism and offloading"
-    return quantize.refusal(layer.weight)
+def local(weight: Tensor) -> Tensor:
+    """What this process holds of a weight that tensor parallelism shares out."""
+    return weight.to_local() if hasattr(weight, "to_local") else weight  # a DTensor
 
 
 def _made_of(layer: nn.Linear, adapters: dict[nn.Module, tuple]) -> tuple:
     """What changes when a layer's weights do, as far as that can be seen without reading them."""
-    weight = layer.weight
+    weight = local(layer.weight)
     plain = type(weight.data) is Tensor
-    where = weight.data_ptr() if plain else id(weight)
+    where = weight.data_ptr() if plain else id(layer.weight)
     version = 0 if weight.is_inference() else weight._version
     return where, weight.device, weight.dtype, version, adapters.get(layer)
 
@@ -231,10 +276,10 @@ def _merged_adapters(model: nn.Module) -> dict[nn.Module, tuple]:
 
 
 def _check_memory(twins: list[Twin]) -> None:
-    for device in {twin.layer.weight.device for twin in twins}:
-        there = [twin for twin in twins if twin.layer.weight.device == device]
+    for device in {twin.weight.device for twin in twins}:
+        there = [twin for twin in twins if twin.weight.device == device]
         needed = sum(twin.planned_bytes for twin in there)
-        meanwhile = max(quantize.temporary_bytes(*twin.layer.weight.shape) for twin in there)
+        meanwhile = max(quantize.temporary_bytes(*twin.weight.shape) for twin in there)
         free = free_memory(device)
         if needed + meanwhile > free:
             raise MemoryError(
@@ -251,13 +296,13 @@ def _with_progress(twins: list[Twin]) -> Iterator[Twin]:
 
     console = Console(stderr=True)
     progress = Progress(console=console, transient=True, disable=not console.is_terminal)
-    total = sum(twin.layer.weight.numel() for twin in twins)
+    total = sum(twin.weight.numel() for twin in twins)
     task = progress.add_task("std_decode: 4-bit draft weights", total=total)
     start = time.monotonic()
     try:
         for twin in twins:
             yield twin
-            progress.update(task, advance=twin.layer.weight.numel())
+            progress.update(task, advance=twin.weight.numel())
             if time.monotonic() - start > SHOWN_AFTER:
                 progress.start()
     finally:

@@ -106,15 +106,40 @@ def test_layers_that_the_kernel_refuses_keep_their_weights(make_case, monkeypatc
     case.model.model.layers[0].self_attn.q_proj.forward = lambda x: 0 * x
     case.model.model.layers[0].self_attn.k_proj.double()
     case.model.model.layers[0].self_attn.v_proj.to("meta")
-    found = Twins(case.model)
+    found = Twins(case.model, compiles=True)
     assert {twin.name for twin in found.twins} == {
         f"model.layers.{i}.self_attn.{x}_proj" for i in range(3) for x in "qkvo"[3 * (not i) :]
     }
     words = found.why_kept()
-    assert "1 x a replaced forward" in words and "1 x a weight of float64" in words
+    assert "1 x a replaced forward, which compile" in words and "1 x a weight of float64" in words
     assert "1 x weights are offloaded" in words
     assert "6 x [72, 64], where the kernel takes multiples of [16, 32]" in words
     assert "1 x [120, 64]" in words and "3 x [64, 72]" in words
+
+
+def test_a_replaced_forward_reads_the_twin_too(make_case, monkeypatch):
+    """As under tensor parallelism: what it does around the product stays, captured or not."""
+    case, calls = make_case("llama", 1), []
+    for layer in case.model.modules():
+        if type(layer) is nn.Linear:
+            layer.forward = lambda x, inner=layer.forward: calls.append(1) or inner(x) + 0.0
+    expected, before = case.generate(), traces(case.model)
+    recording = Recording()
+    monkeypatch.setattr(graphs, "unavailable", lambda devices: None)
+    monkeypatch.setattr(graphs, "capture", recording)
+    for captured in (False, True):
+        with std_decode.patched(case.model, cuda_graphs=captured, **PATCH):
+            assert not twinned(case.model)
+            for _ in range(3):
+                case.assert_same_tokens(expected, case.generate())
+            stats = std_decode.last_stats(case.model)
+            assert (stats.twinned_layers, stats.kept_layers) == (22, 0)
+            assert 0 < stats.acceptance_rate < 1 and (stats.graph_replays > 0) == captured
+            for twin in case.model._std_decode.draft_weights.twins.twins:
+                twin.scales.fill_(float("nan"))
+            case.assert_same_tokens(expected, case.generate())
+            assert std_decode.last_stats(case.model).accepted <= 1
+        assert traces(case.model) == before
 
 
 def test_quantised_models_draft_with_what_they_have(make_case):
@@ -204,6 +229,26 @@ def test_two_models_in_two_threads(make_case):
         for tokens in got[name]:
             case.assert_same_tokens(expected[name], tokens)
     assert rates[1] == 1.0 > rates[0]  # every key, so its own weights are always right
+
+
+@pytest.mark.parametrize("leaves_first", [0, 1])
+def test_two_models_do_not_draft_with_each_others_twins(make_case, leaves_first):
+    cases = make_case("llama", 3), make_case("llama", 3)
+    cases[1].model.model = cases[0].model.model
+    expected = [case.generate() for case in cases]
+    for case in cases:
+        std_decode.patch(case.model, **PATCH)
+    for layer in cases[0].model.model.modules():
+        if isinstance(layer, TwinnedLinear):
+            layer._std_decode_twin.scales.fill_(float("nan"))
+    for case, tokens, accepts in zip(cases, expected, (False, True)):
+        case.assert_same_tokens(tokens, case.generate())
+        assert (std_decode.last_stats(case.model).accepted > 2) == accepts
+    assert "21 x a layer shared" in std_decode.last_stats(cases[1].model).draft_weights_because
+    for which in (leaves_first, 1 - leaves_first):
+        std_decode.unpatch(cases[which].model)
+    assert not twinned(cases[0].model) and not twinned(cases[1].model)
+    assert all("_std_decode_twin" not in vars(x) for x in cases[0].model.modules())
 
 
 # Adapters and changed weights
