@@ -4,7 +4,7 @@ import argparse
 import sys
 from importlib import import_module
 
-_COMMANDS = ("acceptance", "compile", "decode", "prefill", "roofline", "gpu")
+_COMMANDS = ("acceptance", "compile", "decode", "prefill", "roofline", "selection", "gpu")
 
 _EPILOG = """\
 examples:
@@ -14,6 +14,7 @@ examples:
   python -m bench decode --quick                 a whole model's decoding, here a tiny one's
   python -m bench prefill                        time to the first token, patched and unpatched
   python -m bench roofline --model qwen2-vl-7b --gpu h200 --batch 8 --context 25000
+  python -m bench selection --out trial           rules of re-selection, on the demo model
   python -m bench gpu --out round1              on a GPU: test, then time, in under 9 minutes
 """
 

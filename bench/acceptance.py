@@ -197,7 +197,7 @@ def _bytes(model: Any) -> Table:
     twins = Twins(model)
     matrices = sum(twin.layer.weight.numel() for twin in twins.twins)
     rest = weight_bytes(model) - sum(twin.layer.weight.nbytes for twin in twins.twins)
-    reads = draft_weights.workload_of(model, twins, 1024).draft_weight_bytes
+    reads = draft_weights.workload_of(model, 1024, twins).draft_weight_bytes
     head = ("bytes", "counted", "by the roofline")
     return head, [
         ["a dense step reads", f"{weight_bytes(model):,}", ""],

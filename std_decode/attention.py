@@ -55,7 +55,11 @@ class Pass:
     twins: object = None
 
 
+# Called with the running pass, the layer, its query, key and value and the ops' options.
+Observer = Callable[[Pass, BufferLayer, Tensor, Tensor, Tensor, dict[str, Any]], None]
+
 _running: ContextVar[Pass | None] = ContextVar("std_decode_pass", default=None)
+_observer: ContextVar[Observer | None] = ContextVar("std_decode_observer", default=None)
 _compiled: list[Pass | None] = [None]  # the pass that compiled code runs for
 _compiled_lock = threading.RLock()
 _switch_lock = threading.Lock()
@@ -81,6 +85,19 @@ def attention_of(config: PreTrainedConfig, running: Pass) -> Iterator[None]:
                 _switched[id(config)] = passes - 1, replaced
             else:
                 config._attn_implementation = replaced
+
+
+@contextmanager
+def observed_by(observer: Observer) -> Iterator[None]:
+    """Show each layer's verification to `observer` before it runs, in this context (thread) only.
+
+    Captured and compiled passes show nothing: patch with ``cuda_graphs=False``.
+    """
+    token = _observer.set(observer)
+    try:
+        yield
+    finally:
+        _observer.reset(token)
 
 
 @contextmanager
@@ -137,6 +154,9 @@ def _attention(
     if running is not None and running.layers.get(getattr(module, "layer_idx", -1)) is module:
         layer = running.cache.layers[module.layer_idx]
         options = _options(query, kwargs)
+        observer = None if torch.compiler.is_compiling() else _observer.get()
+        if observer is not None and running.phase == "verify":
+            observer(running, layer, query, key, value, options)
         if running.phase != "prefill":
             attend = _draft if running.phase == "draft" else _verify
             out = attend(running, layer, query, key, value, options)

@@ -1,4 +1,4 @@
-"""The command line: ``std-decode demo``.
+"""The command line: ``std-decode demo`` and ``std-decode sparsity``.
 
 Exit status: 0 if all went well and the tokens were identical, 1 if they were not, 2 for bad input
 (one line on stderr says what), 130 when interrupted.
@@ -10,7 +10,7 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from std_decode import __version__
 from std_decode.demo.camera import TAGS
@@ -23,6 +23,28 @@ A camera clip is rendered to an mp4 file, read back, and narrated by a tiny trai
 Qwen2-VL of 2.5M parameters that comes with the package): once patched, once unpatched. The table
 compares them; the tokens must be identical. On a CPU and at this size a draft step costs nearly as
 much as a dense one until the video is long (--seconds 1024), so see the method, not its speed."""
+
+SPARSITY = """\
+Show how sparse a model's attention is on a video of yours, what drafts that rely on it come to,
+and which options of std_decode.patch that speaks for. Writes one page of plots and a JSON file.
+
+The model answers once, densely. Along that answer, for each number of keys K:
+  attention kept   share of the attention of the answer's tokens, by layer and KV head, that falls
+                   on the keys a draft would read; beside it that of the K best keys in hindsight
+  next tokens      how many the sparse model chooses as the dense one does, after the right ones
+The smallest K is kept that comes close to the most, and with it the answer is generated again with
+each draft length: acceptance, tokens per dense pass, and the time of a round on this machine.
+
+Without --model the demo model narrates a rendered clip (under a minute). With --model M --video
+FILE, M is a folder or hub id of an image-text-to-text model, and needs the extra [hub]
+(torchvision, pillow, jinja2). The answer is generated some 20 times over: begin with few --frames.
+Needs matplotlib: pip install "sparse-to-dense[bench]"."""
+SPARSITY_EXAMPLES = """\
+examples:
+  std-decode sparsity
+  std-decode sparsity --seconds 1024 --picture long.png
+  std-decode sparsity --model Qwen/Qwen2-VL-2B-Instruct --video clip.mp4 --frames 16
+  std-decode sparsity --model ./mine --video clip.mp4 --prompt "What is sold?" --dtype bfloat16"""
 
 
 class BadInput(Exception):
@@ -103,19 +125,69 @@ def _parser() -> argparse.ArgumentParser:
         help="tokens drafted a round; 0 decodes densely (default: %(default)s)",
     )
     add("--json", type=Path, metavar="FILE", help="write the figures to this file too")
+    add("--picture", type=Path, metavar="FILE.png",
+        help="draw which seconds of the clip the drafts read, round by round")  # fmt: skip
+    _add_sparsity(commands)
     return parser
+
+
+def _add_sparsity(commands: Any) -> None:
+    sparsity = commands.add_parser(
+        "sparsity",
+        help="measure how sparse a model's attention is, and suggest options for patch",
+        description=SPARSITY,
+        epilog=SPARSITY_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = sparsity.add_argument
+    add("--picture", type=Path, metavar="FILE.png", default=Path("sparsity.png"),
+        help="the page of plots (default: %(default)s)")  # fmt: skip
+    add("--json", type=Path, metavar="FILE",
+        help="the figures (default: the picture's name with .json)")  # fmt: skip
+    add(
+        "--video", type=Path, metavar="FILE", help="of any length; without --model a rendered clip"
+    )
+    add("--max-new-tokens", type=_whole_number(3), metavar="N",
+        help="of the answer (default: 128; of the demo model all it tells)")  # fmt: skip
+    add("--top-k-keys", type=_whole_number(1), nargs="+", metavar="K",
+        default=[2**i for i in range(4, 13)],
+        help="numbers of keys to compare, besides all (default: 16 32 64 ... 4096)")  # fmt: skip
+    add("--draft-lengths", type=_whole_number(1, 63), nargs="+", metavar="G",
+        default=[1, 2, 4, 8], help="to compare, besides none (default: 1 2 4 8)")  # fmt: skip
+    own = sparsity.add_argument_group("a model of yours")
+    add = own.add_argument
+    add("--model", metavar="M", help="folder or hub id; needs --video")
+    add("--prompt", metavar="TEXT", help="(default: Describe the video in detail.)")
+    add("--frames", type=_whole_number(1, 4096), metavar="N",
+        help="to sample from the video, evenly in time (default: 32)")  # fmt: skip
+    add("--dtype", choices=["auto", "float32", "bfloat16", "float16"],
+        help="of the weights (default: auto, as saved)")  # fmt: skip
+    add("--device", metavar="DEVICE", help="such as cpu, cuda:1 (default: cuda, else cpu)")
+    add("--trust-remote-code", action="store_true", help="run code that comes with the model")
+    clip = sparsity.add_argument_group("a clip for the demo model")
+    add = clip.add_argument
+    add("--seconds", type=_whole_number(1, MOST_SECONDS), metavar="N",
+        help="4 video tokens each (default: 256)")  # fmt: skip
+    add("--events", type=_whole_number(1, TAGS), metavar="N", help="(default: 12)")
+    add("--seed", type=_whole_number(0), metavar="N", help="of the clip (default: 0)")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv` (default: the process's own). Returns the exit status."""
     options = _parser().parse_args(argv)
     # Importing torch and transformers takes seconds: first see whether the request makes sense.
-    from std_decode.demo.run import demo
     from std_decode.demo.video import VideoError
+    from std_decode.inputs import InputError
 
     try:
-        return demo(options)
-    except (BadInput, VideoError) as error:
+        if options.command == "demo":
+            from std_decode.demo.run import demo
+
+            return demo(options)
+        from std_decode.sparsity.run import sparsity
+
+        return sparsity(options)
+    except (BadInput, InputError, VideoError) as error:
         print(f"std-decode: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -13,8 +13,8 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from math import prod
 from statistics import median
+from typing import Any
 
 # The draft lengths that are tried. Each is a shape of its own to capture, and the best of these is
 # never far behind the best of all.
@@ -127,6 +127,25 @@ class Times:
         return max(dense, known[near[0]] + slope * (tokens - near[0]))
 
 
+class FixedLength:
+    """A policy that always drafts as many tokens, and the same for one generate call."""
+
+    def __init__(self, gamma: int):
+        self.most = self.gamma = gamma
+
+    def begin(self, workload: Workload, rows: int, settle: Callable) -> FixedLength:
+        return self
+
+    def choose(self, rows: Sequence[int]) -> int:
+        return self.gamma
+
+    def observe(self, *measured: Any) -> None:
+        pass
+
+    def end(self) -> None:
+        pass
+
+
 class Policy:
     """What the draft lengths of a patched model's calls go by, kept from call to call.
 
@@ -136,6 +155,7 @@ class Policy:
 
     def __init__(self, lengths: Sequence[int] = LENGTHS):
         self.lengths = tuple(lengths)
+        self.most = max(lengths)
         self.times: dict[tuple[int, int], Times] = {}
         self.draft_times: dict[int, deque[float]] = {}
         self.acceptance = SUPPOSED
@@ -143,7 +163,7 @@ class Policy:
     def begin(
         self,
         workload: Workload,
-        together: bool = False,
+        rows: int,
         settle: Callable[[int], int] = lambda gamma: gamma,
     ) -> DraftLength:
         """For one generate call.
@@ -151,7 +171,7 @@ class Policy:
         Args:
             workload: its decoding steps; before a draft step is measured, what a draft step
                 reads of what a dense one does tells how long it takes.
-            together: whether the rows advance by the smallest acceptance.
+            rows: that advance by their own acceptance; 1 where all advance by the smallest.
             settle: what is drafted where this process would draft so many; ranks that share a
                 model have to do the same.
         """
@@ -161,13 +181,14 @@ class Policy:
         times.draft = self.draft_times.setdefault(batch, times.draft)
         memory_bound = Device(1.0, float("inf"))
         ratio = workload.draft_seconds(memory_bound) / workload.dense_seconds(memory_bound)
-        return DraftLength(self, times, batch, ratio, together, settle)
+        return DraftLength(self, times, rows, ratio, settle)
 
 
 class DraftLength:
     """Chooses the draft length of each round of a generate call.
 
-    The first few steps are dense, unless such steps have been timed before. Then each round drafts as many tokens as promise the most tokens a second, or none. Where drafts seem to
+    The first few steps are dense, unless such steps have been timed before. Then each
+    round drafts as many tokens as promise the most tokens a second, or none. Where drafts seem to
     lose they are tried again, rarely, as long as all such trials together cost little.
     """
 
@@ -177,11 +198,10 @@ class DraftLength:
         times: Times,
         rows: int,
         draft_ratio: float,
-        together: bool,
         settle: Callable[[int], int],
     ):
         self.policy, self.times, self.settle = policy, times, settle
-        self.draft_ratio, self.together = draft_ratio, together
+        self.draft_ratio = draft_ratio
         self.agreed = [SUPPOSED_DRAFTS * policy.acceptance] * rows
         self.tried = [SUPPOSED_DRAFTS] * rows
         self.length = 0  # of the newest round
@@ -229,21 +249,26 @@ class DraftLength:
     def _tokens(self, gamma: int, rows: Sequence[int]) -> float:
         """That a row may expect of a round, on average over `rows`."""
         chances = [self.agreed[row] / self.tried[row] for row in rows]
-        if self.together:
-            return expected_tokens(prod(chances), gamma)
         return sum(expected_tokens(chance, gamma) for chance in chances) / len(chances)
 
     def observe(
-        self, gamma: int, agreed: Mapping[int, int], draft: float, rest: float, tokens: float
+        self,
+        gamma: int,
+        agreed: Mapping[int, int],
+        draft: float,
+        rest: float,
+        tokens: float,
+        first_use: bool = False,
     ) -> None:
         """Learn from a round.
 
         Args:
             gamma: what it drafted.
             agreed: by row, how many drafts agreed.
-            draft, rest: seconds of all draft steps, and of everything else; 0 in all where they
-                tell nothing of the rounds to come (something was compiled or captured).
+            draft, rest: seconds of all draft steps, and of everything else.
             tokens: that a row got, on average.
+            first_use: whether something was compiled or captured in between, so that the seconds
+                tell nothing of rounds to come.
         """
         self.length, self.since_dense = gamma, self.since_dense + 1
         times = self.times
@@ -251,18 +276,18 @@ class DraftLength:
             self.since_dense = 0
             self.agreed = [STALE * x for x in self.agreed]
             self.tried = [STALE * x for x in self.tried]
-            if rest:
+            if not first_use:
                 times.dense.append(rest)
         else:
             for row, count in agreed.items():
                 self.agreed[row] = MEMORY * self.agreed[row] + count
                 # Drafts after the first that does not agree tell nothing.
                 self.tried[row] = MEMORY * self.tried[row] + min(count + 1, gamma)
-            if draft:
+            if not first_use:
                 times.draft.append(draft / gamma)
                 times.verify.setdefault(gamma + 1, deque(maxlen=5)).append(rest)
         self.steps += tokens
-        if times.dense and draft + rest:
+        if times.dense and not first_use:
             self.behind += (draft + rest) / median(times.dense) - tokens
 
     def end(self) -> None:

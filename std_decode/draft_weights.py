@@ -127,7 +127,7 @@ def decide(model: Any, twins: Twins, top_k_keys: int) -> tuple[bool, str]:
     """Whether twins gain anything, by the bytes of a step and the free memory, and why."""
     if twins.missing:
         return False, f"auto: {twins.missing}"
-    workload = workload_of(model, twins, top_k_keys)
+    workload = workload_of(model, top_k_keys, twins)
     if workload.weight_bytes < CACHED:
         size = f"{workload.weight_bytes / 2**20:.1f} MiB"
         return False, f"auto: {size} of weights are read from a cache, 4 bits would gain nothing"
@@ -148,7 +148,7 @@ def decide(model: Any, twins: Twins, top_k_keys: int) -> tuple[bool, str]:
     return True, f"auto: predicted {predicted}"
 
 
-def workload_of(model: Any, twins: Twins, top_k_keys: int) -> Workload:
+def workload_of(model: Any, top_k_keys: int, twins: Twins | None = None) -> Workload:
     """A decoding step of the model at batch 1, dense and with drafts that read the twins."""
     embedding = model.get_input_embeddings().weight
     head = model.get_output_embeddings()
@@ -156,7 +156,10 @@ def workload_of(model: Any, twins: Twins, top_k_keys: int) -> Workload:
     read |= {} if head is None else {id(p): p for p in head.parameters()}
     read = {key: local(weight) for key, weight in read.items()}
     weights = sum(weight.nbytes for weight in read.values())
-    own = sum(twin.weight.nbytes for twin in twins.twins)
+    four_bit = None
+    if twins is not None:
+        own = sum(twin.weight.nbytes for twin in twins.twins)
+        four_bit = weights - own + twins.planned_bytes
     config = model.get_decoder().config
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -167,7 +170,7 @@ def workload_of(model: Any, twins: Twins, top_k_keys: int) -> Workload:
         batch=1,
         context=min(CONTEXT, getattr(config, "max_position_embeddings", CONTEXT)),
         draft_keys=top_k_keys,
-        draft_weight_bytes=weights - own + twins.planned_bytes,
+        draft_weight_bytes=four_bit,
     )
 
 

@@ -14,7 +14,7 @@ from std_decode.attention import Pass, Phase, attention_of, compiled_for
 from std_decode.cache import CACHE, BufferLayer, SparseToDenseCache
 from std_decode.graphs import Graphs
 from std_decode.selection import Selection
-from std_decode.stats import DecodeStats
+from std_decode.stats import Clock, DecodeStats
 from std_decode.twins import Twins
 from std_kernels import select_topk
 
@@ -88,7 +88,7 @@ class Engine:
     def finish(self) -> None:
         """Let go of a call's own objects; the buffers stay for the next."""
         self.cache.answer = self.cache.template = None
-        del self.forward, self.compiled, self.selection, self.stats, self.twins
+        del self.forward, self.compiled, self.selection, self.stats, self.clock, self.twins
 
     def start(
         self,
@@ -110,6 +110,7 @@ class Engine:
             twins: whose weights drafts read, see `Pass`.
         """
         self.forward, self.selection, self.stats = forward, selection, stats
+        self.clock = Clock(stats, self.cache.lengths.device)
         self.twins = twins
         self.compiled = compile_pass(forward) if self.compiles else None
         self.reselects = (
@@ -127,7 +128,7 @@ class Engine:
         """The prompt's (or the new question's) pass, through the model's own attention."""
         new = inputs["input_ids"].shape[1]
         self.cache.expect(new)
-        with self.stats.timed("prefill"):
+        with self.clock.timed("prefill"):
             running = Pass("prefill", self.cache, self.layers, self.selection)
             outputs = self.run(running, inputs)
         self.cache.finish_prefill(new)
@@ -179,7 +180,7 @@ class Engine:
         """The pending token and `gamma` more, by sparse attention, ``[B, gamma + 1]``."""
         tokens = [pending]
         for step in range(gamma):
-            with self.stats.timed("draft"):
+            with self.clock.timed("draft"):
                 here = positions[..., step : step + 1]
                 logits = self.step("draft", tokens[-1], here, shared)
                 tokens.append(choose(logits[:, -1], step)[:, None])
@@ -190,7 +191,7 @@ class Engine:
     def verify(self, tokens: Tensor, positions: Tensor, shared: dict[str, Any]) -> Tensor:
         """The dense model's logits after each of the tokens, ``[B, T, V]``."""
         drafted = tokens.shape[1] > 1
-        with self.stats.timed("verify" if drafted else "dense"):
+        with self.clock.timed("verify" if drafted else "dense"):
             return self.step("verify", tokens, positions, shared, self.reselects and drafted)
 
     def read(self, tokens: Tensor, positions: Tensor, shared: dict[str, Any]) -> None:
@@ -266,7 +267,7 @@ class Engine:
 
     def select(self, selection: Selection) -> None:
         """Pick each layer's and KV head's keys for the next drafts, by their importance."""
-        with self.stats.timed("select"):
+        with self.clock.timed("select"):
             if not self.groups:
                 self.group_layers(selection)
             for _, importance, indices in self.groups:
@@ -292,6 +293,16 @@ class Engine:
                 own[..., :length] = layer.importance
                 layer.importance, layer.indices = own, chosen
             self.groups.append((layers, importance, indices))
+
+    def spent(self) -> tuple[float, float, float]:
+        """Seconds so far of draft steps, of all other stages of rounds, and of first uses.
+
+        For when the host has read what the passes came to.
+        """
+        self.clock.settle()
+        seconds = self.stats.seconds
+        rest = seconds["verify"] + seconds["dense"] + seconds["select"]
+        return seconds["draft"], rest, self.graphs.seconds if self.graphs is not None else 0.0
 
     @property
     def workspace(self) -> int:

@@ -20,10 +20,11 @@ from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.generation.stopping_criteria import MaxLengthCriteria, StopStringCriteria
 
 from std_decode.cache import CACHE, MOST_NEW_TOKENS
+from std_decode.cost import Workload
 from std_decode.eligibility import fallback_reason, left_padding, lockstep_reason, prompt_parts
 from std_decode.engine import Engine
 from std_decode.lockstep import Lockstep
-from std_decode.loop import Decoding
+from std_decode.ranks import lead
 from std_decode.rows import Ends, Rows
 from std_decode.sampling import Chooser, Drafter
 from std_decode.selection import plan_selection, visual_tokens
@@ -57,11 +58,13 @@ def sample(
     stats, cache = engine.stats, engine.cache
     kwargs[CACHE] = cache
     stats.lockstep_because = lockstep_reason(input_ids, processors, criteria, config, streamer)
+    rows_apart = 1 if stats.lockstep_because is not None else len(input_ids)
+    length = options.policy.begin(_workload(options, input_ids, stats), rows_apart, lead(model))
     try:
         if stats.lockstep_because is not None:
             stats.mode = "lockstep"
             drafter = Drafter(input_ids, processors, criteria, config)
-            rounds = Lockstep(engine, drafter, options.draft_length)
+            rounds = Lockstep(engine, drafter, length)
             cache.answer = rounds
             output = plain(
                 input_ids, processors, drafter.criteria, config, False, streamer, **kwargs
@@ -77,12 +80,14 @@ def sample(
                 config.do_sample,
                 _noise_window(options, len(input_ids)),
             )
-            decoding = Decoding(engine, choose, rows, options.draft_length, streamer)
+            decoding = options.decoding(engine, choose, rows, length, streamer)
             output = decoding.run(model, input_ids, config, kwargs)
             if _outlives(given, config):
                 decoding.complete_cache(output)
             if config.return_dict_in_generate:
                 output = GenerateDecoderOnlyOutput(sequences=output)
+        length.end()
+        engine.clock.settle()
         stats.kv_cache_bytes = cache.nbytes
         stats.workspace_bytes += engine.workspace
         if _outlives(given, config):
@@ -101,13 +106,24 @@ def sample(
     return output
 
 
+def _workload(options: Any, input_ids: Tensor, stats: DecodeStats) -> Workload:
+    """A decoding step of this call, for the policy that chooses draft lengths."""
+    return replace(
+        options.workload,
+        batch=len(input_ids),
+        context=stats.prompt_tokens,
+        draft_keys=stats.selected_keys,
+        draft_weight_bytes=options.workload.draft_weight_bytes if stats.draft_weights else None,
+    )
+
+
 def _outlives(cache: DynamicCache, config: GenerationConfig) -> bool:
     """Whether someone may look at the cache after the call."""
     return config.return_dict_in_generate or getattr(cache, "_is_user_defined", False)
 
 
 def _noise_window(options: Any, batch: int) -> int:
-    least = options.draft_length + 1
+    least = options.policy.most + 1
     return least if batch == 1 else max(NOISE_WINDOW, least)
 
 
@@ -131,7 +147,7 @@ def _engine(
     past, new = prompt_parts(given, input_ids, mask, config)
     kv_start = left_padding(mask)
     selection = None
-    if options.draft_length > 0:
+    if options.policy.most > 0:
         visual = visual_tokens(
             input_ids,
             model.config,
@@ -145,7 +161,7 @@ def _engine(
         selection = plan_selection(visual, kv_start, options.top_k_keys, new)
     twins, weights = options.draft_weights.of_call(model, len(input_ids))
     new_tokens = min(config.max_length - input_ids.shape[1], MOST_NEW_TOKENS)
-    room = past + new + new_tokens + options.draft_length + 1
+    room = past + new + new_tokens + options.policy.most + 1
     engine, eager_because = options.engines.take(
         model, input_ids.device, len(input_ids), past + new, room, selection, kv_start
     )

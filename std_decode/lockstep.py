@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from std_decode.cache import CACHE
+from std_decode.cost import DraftLength, FixedLength
 from std_decode.engine import Engine, shared_inputs
 from std_decode.sampling import Drafter
 
@@ -45,12 +46,13 @@ class Lockstep:
     Args:
         engine: before prefill.
         drafter: chooses draft tokens as generate would.
-        draft_length: gamma, the most tokens a round drafts.
+        length: how many tokens each round drafts.
     """
 
-    def __init__(self, engine: Engine, drafter: Drafter, draft_length: int):
-        self.engine, self.drafter, self.draft_length = engine, drafter, draft_length
+    def __init__(self, engine: Engine, drafter: Drafter, length: DraftLength | FixedLength):
+        self.engine, self.drafter, self.length = engine, drafter, length
         self.round: Round | None = None
+        self.spent = (0.0, 0.0, 0.0)  # see Engine.spent, when the round began
         self.accepted: Tensor | int = 0
 
     def __call__(self, **inputs: Any) -> Any:
@@ -74,7 +76,8 @@ class Lockstep:
         return bool(same.all())
 
     def draft_and_verify(self, inputs: dict[str, Any]) -> Round:
-        gamma, left = self.draft_length, self.drafter.steps_left()
+        self.observe()
+        gamma, left = self.length.choose([0]), self.drafter.steps_left()
         if self.engine.graphs is None:  # with graphs shapes repeat, and drafts too many are cut
             gamma = max(0, min(gamma, left - 1))
         position = inputs["position_ids"][..., -1:]
@@ -88,6 +91,16 @@ class Lockstep:
                 inputs["input_ids"], positions, gamma, choose, shared_inputs(inputs)
             )
         )
+
+    def observe(self) -> None:
+        """Tell what came of the round that is over; its own time is that of its passes."""
+        spent = self.engine.spent()
+        if self.round is not None:
+            draft, rest, first_use = (now - then for now, then in zip(spent, self.spent))
+            gamma, answered = self.round.tokens.shape[1] - 1, self.round.answered
+            agreed = {0: answered - 1}  # all rows advance as one
+            self.length.observe(gamma, agreed, draft, rest, answered, first_use > 0)
+        self.spent = spent
 
     def finish(self, sequences: Tensor) -> None:
         """Settle the counts once generate has its sequences, ``[B, S]``."""

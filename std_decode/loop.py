@@ -13,16 +13,16 @@ see every step of the whole batch, lockstep.py does it instead.
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from std_decode.cost import DraftLength, FixedLength
 from std_decode.engine import Engine, shared_inputs
-from std_decode.rows import Rows
+from std_decode.rows import MOST_TOKENS_PER_PASS, Rows
 from std_decode.sampling import Chooser
-
-MOST_TOKENS_PER_PASS = 64  # of std_kernels.verify_attention
 
 
 class Decoding:
@@ -32,15 +32,20 @@ class Decoding:
         engine: before prefill.
         choose: the rule that chooses draft and dense tokens.
         rows: the prompt, and when its rows end.
-        draft_length: gamma, the most tokens a round drafts.
+        length: how many tokens each round drafts.
         streamer: gets each token once it is known; only with a single row.
     """
 
     def __init__(
-        self, engine: Engine, choose: Chooser, rows: Rows, draft_length: int, streamer: Any = None
+        self,
+        engine: Engine,
+        choose: Chooser,
+        rows: Rows,
+        length: DraftLength | FixedLength,
+        streamer: Any = None,
     ):
         self.engine, self.choose, self.rows = engine, choose, rows
-        self.draft_length, self.streamer = draft_length, streamer
+        self.length, self.streamer = length, streamer
         self.step_limit = 0  # that the rows may come to in this round
         self.row_passes = 0  # dense passes after prefill, once for each row that went on
 
@@ -75,17 +80,23 @@ class Decoding:
 
     def round(self) -> None:
         rows, cache = self.rows, self.engine.cache
-        gamma = self.draft_length
+        going, before, spent = rows.going(), time.perf_counter(), self.engine.spent()
+        gamma = self.length.choose(going)
         if self.engine.graphs is None:  # with graphs shapes repeat, and drafts too many are cut
             gamma = max(0, min(gamma, rows.most_steps_left() - 1))
-        self.row_passes += len(rows.going())
-        self.engine.stats.drafted += gamma * len(rows.going())
+        self.row_passes += len(going)
+        self.engine.stats.drafted += gamma * len(going)
         self.begin_round(gamma)
         tokens, logits = self.engine.draft_and_verify(
             rows.pending(), self.positions(gamma + 1), gamma, self.draft, self.shared
         )
-        given = self.accept(tokens[:, 1:], logits)
+        given, own, agreed = self.accept(tokens[:, 1:], logits)
         cache.advance(given, cache.prompt + max(rows.at) - 1)
+        drafting, _, first_use = (now - then for now, then in zip(self.engine.spent(), spent))
+        rest = time.perf_counter() - before - drafting
+        gained = sum(own[row] for row in going) / len(going)
+        right = {row: agreed[row] for row in going}
+        self.length.observe(gamma, right, drafting, rest, gained, first_use > 0)
 
     def begin_round(self, gamma: int) -> None:
         """Make room for a round's tokens, and have the random numbers that choose them."""
@@ -104,7 +115,7 @@ class Decoding:
         self.rows.write(token[:, None], step)
         return token
 
-    def accept(self, drafts: Tensor, logits: Tensor) -> Tensor:
+    def accept(self, drafts: Tensor, logits: Tensor) -> tuple[Tensor, list[int], list[int]]:
         """Keep the drafts that agree with the dense choice, and the dense choice after them.
 
         Args:
@@ -112,29 +123,31 @@ class Decoding:
             logits: dense, before each of them and after the last, ``[B, gamma + 1, V]``.
 
         Returns:
-            How many tokens each row was given, ``[B]``.
+            How many tokens each row was given, ``[B]``; and as the host knows it, how many of
+            these are its own, and how many drafts agreed.
         """
         rows, stats = self.rows, self.engine.stats
-        choices = [self.choose(logits[:, t], rows, t) for t in range(logits.shape[1])]
-        chosen = torch.stack([token for token, _ in choices], dim=1)
-        agreed = (drafts == chosen[:, :-1]).long().cumprod(dim=1).sum(dim=1)
-        given, own = rows.keep(chosen, agreed, self.step_limit)
-        step = torch.arange(chosen.shape[1], device=given.device)
-        undefined = torch.stack([nan for _, nan in choices], dim=1) & (step < given[:, None])
+        chosen, undefined = self.choose.each(logits, rows)
+        agreeing = (drafts == chosen[:, :-1]).long().cumprod(dim=1).sum(dim=1)
+        given, kept = rows.keep(chosen, agreeing, self.step_limit)
+        if undefined is not None:
+            undefined = (undefined & (rows.ahead[: chosen.shape[1]] < given[:, None])).sum(dim=1)
         before = rows.at
-        own_, accepted, undefined_ = rows.read(own, torch.minimum(agreed, own), undefined.sum(1))
-        if any(undefined_):  # as torch.multinomial has it
+        own, agreed, *unusable = rows.read(
+            kept, agreeing, *([] if undefined is None else [undefined])
+        )
+        if any(map(any, unusable)):  # as torch.multinomial has it
             raise RuntimeError("probability tensor contains either `inf`, `nan` or element < 0")
-        stats.emitted += sum(own_)
-        stats.accepted += sum(accepted)
+        stats.emitted += sum(own)
+        stats.accepted += sum(map(min, agreed, own))
         if self.streamer is not None:
             for token in rows.text[0, rows.prompt + before[0] : rows.prompt + rows.at[0]].cpu():
                 self.streamer.put(token[None])
-        return given
+        return given, own, agreed
 
     def positions(self, count: int) -> Tensor:
         """Position ids of each row's pending token and those after it, ``[..., B, count]``."""
-        step = self.rows.steps[:, None] - 1 + torch.arange(count, device=self.rows.steps.device)
+        step = self.rows.steps[:, None] - 1 + self.rows.ahead[:count]
         # The last possible token is never read; drafts from there on are not kept, but a position
         # table may end.
         return self.first_position + step.clamp(max=max(0, self.rows.ends.most_steps - 2))

@@ -19,14 +19,15 @@ from transformers import (
 
 from std_decode import draft_weights as weights
 from std_decode.cache import CACHE, SparseToDenseCache
+from std_decode.cost import FixedLength, Policy, Workload
 from std_decode.eligibility import attention_layers
 from std_decode.generation import sample
+from std_decode.loop import Decoding
 from std_decode.pool import Engines
 from std_decode.selection import VisualMask
 from std_decode.stats import DecodeStats
 
 MOST_DRAFTS = 63  # verification takes up to 64 tokens: the pending one and the drafts
-AUTO_DRAFT_LENGTH = 4
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -38,13 +39,15 @@ class _Patch:
     original_class: type
     layers: dict[int, nn.Module]
     top_k_keys: int
-    draft_length: int
+    policy: Policy | FixedLength
     reselect: bool
     visual_token_ids: Sequence[int] | None
     visual_mask: VisualMask | None
     engines: Engines
     draft_weights: weights.DraftWeights
+    workload: Workload
     stats: DecodeStats | None = None
+    decoding: type[Decoding] = Decoding  # a subclass looks on, see sparsity/measure.py
 
 
 def patch(
@@ -72,7 +75,9 @@ def patch(
             looked through.
         top_k_keys: keys of the prompt's video (or of a text-only prompt) that a draft reads per
             layer and KV head, at least 1. The text around the video is read besides.
-        draft_length: tokens drafted a round (gamma), 0 to 63; 0 decodes densely. "auto" is 4.
+        draft_length: tokens drafted a round (gamma), 0 to 63; 0 decodes densely. "auto" chooses
+            for each round, by what passes have taken and how many drafts were accepted: none where
+            drafting does not pay. The first steps of the first call are dense, to be timed.
         reselect: whether each verification renews the selection, or the prompt's is kept.
         draft_weights: what drafts read of the text decoder's linear layers and the LM head: None,
             the model's own weights; "int4", 4-bit copies in groups of 128 that are made here and
@@ -118,18 +123,18 @@ def patch(
             "call unpatch(model) first to change the options"
         )
     layers = attention_layers(target)
-    gamma = AUTO_DRAFT_LENGTH if draft_length == "auto" else draft_length
     drafting = weights.prepare(target, draft_weights, draft_weights_cache, top_k_keys, compile)
     target._std_decode = _Patch(
         type(target),
         layers,
         top_k_keys,
-        gamma,
+        Policy() if draft_length == "auto" else FixedLength(draft_length),
         reselect,
         visual_token_ids,
         visual_mask,
         Engines(cuda_graphs, compile),
         drafting,
+        weights.workload_of(target, top_k_keys, drafting.twins),
     )
     drafting.attach()
     target.__class__ = _patched_class(type(target))

@@ -55,7 +55,7 @@ class Engines:
         config = model.get_decoder().config
         reason = self._eager_because(model, device)
         if reason is not None:
-            cache = SparseToDenseCache(config, room, batch, device, options.draft_length)
+            cache = SparseToDenseCache(config, room, batch, device, options.policy.most)
             return Engine(config, options.layers, cache, options.reselect), reason
         width = 0 if selection is None else min(bucket(selection.width), MOST_INDICES)
         key: tuple = (batch, device, kv_start is None, width, torch.is_inference_mode_enabled())
@@ -66,7 +66,7 @@ class Engines:
             if idle.fits(key, prompt, room):
                 return idle, None
             idle.release()  # its buffers go before new ones come
-        cache = SparseToDenseCache(config, max(room, width), batch, device, options.draft_length)
+        cache = SparseToDenseCache(config, max(room, width), batch, device, options.policy.most)
         engine = Engine(
             config, options.layers, cache, options.reselect, graphs.Graphs(), self.compiles
         )

@@ -11,6 +11,7 @@ from transformers.generation.stopping_criteria import StopStringCriteria
 
 from std_decode.cache import MOST_NEW_TOKENS, bucket
 
+MOST_TOKENS_PER_PASS = 64  # of std_kernels.verify_attention
 NEVER = 2**62  # the step at which a row ends that has not ended
 
 
@@ -31,11 +32,12 @@ class Ends:
     pad: Tensor | None = None
     strings: tuple[StopStringCriteria, ...] = ()
 
-    def __call__(self, text: Tensor, columns: Tensor) -> Tensor:
-        """Whether a row ends with the token in each of these columns, bool ``[B, T]``."""
-        ends = torch.zeros_like(columns, dtype=torch.bool)
-        if self.tokens is not None:
-            ends |= torch.isin(text.gather(1, columns), self.tokens)
+    def __call__(self, text: Tensor, columns: Tensor, tokens: Tensor) -> Tensor:
+        """Whether a row ends with each of the `tokens` in these `columns`, bool ``[B, T]``."""
+        if self.tokens is None:
+            ends = torch.zeros_like(tokens, dtype=torch.bool)
+        else:
+            ends = (tokens[..., None] == self.tokens).any(-1)
         for criterion in self.strings:
             tail = torch.arange(1 - criterion.maximum_token_len, 1, device=text.device)
             for t in range(columns.shape[1]):
@@ -61,6 +63,7 @@ class Rows:
         self.prompt = input_ids.shape[1]
         self.steps = torch.zeros_like(input_ids[:, 0])
         self.ended = torch.full_like(self.steps, NEVER)
+        self.ahead = torch.arange(MOST_TOKENS_PER_PASS, device=input_ids.device)
         self.at = [0] * len(input_ids)
         self.ended_at = [NEVER] * len(input_ids)
 
@@ -74,8 +77,7 @@ class Rows:
 
     def columns(self, count: int, ahead: int = 0) -> Tensor:
         """Where the next `count` tokens of each row go, ``[B, count]``."""
-        start = self.prompt + self.steps[:, None] + ahead
-        return start + torch.arange(count, device=start.device)
+        return self.steps[:, None] + (self.prompt + ahead) + self.ahead[:count]
 
     def pending(self) -> Tensor:
         """Each row's newest token, ``[B, 1]``."""
@@ -98,14 +100,14 @@ class Rows:
             beyond its end, ``[B]`` each.
         """
         count = tokens.shape[1]
-        self.write(tokens)
-        given = torch.minimum(agreed + 1, (limit - self.steps).clamp(min=0))
-        going = self.ended == NEVER
-        own = torch.where(going, given, 0)
-        step = torch.arange(count, device=given.device)
-        last = self.ends(self.text, self.columns(count))
-        last |= self.steps[:, None] + step + 1 >= self.ends.most_steps
-        first = torch.where(last & (step < own[:, None]), step, count).amin(dim=1)
+        columns, step = self.columns(count), self.ahead[:count]
+        self.text.scatter_(1, columns, tokens)
+        last = self.ends(self.text, columns, tokens)
+        last |= columns >= self.prompt + self.ends.most_steps - 1
+        given = torch.minimum(agreed + 1, (limit - self.steps).clamp_(min=0))
+        own = torch.where(self.ended == NEVER, given, 0)
+        last &= step < own[:, None]
+        first = torch.where(last, step, count).amin(dim=1)
         own = torch.minimum(own, first + 1)
         self.ended = torch.where(first < count, self.steps + own, self.ended)
         if self.ends.pad is not None:

@@ -46,6 +46,8 @@ def _types(names: tuple[str, ...]) -> frozenset[type]:
     return frozenset(getattr(logits_process, n) for n in names if hasattr(logits_process, n))
 
 
+MOST_AT_ONCE = 1 << 24  # logits, of which there may be four float32 copies
+
 _SCORE_PROCESSORS = _types(_OF_SCORES)
 STATELESS = _SCORE_PROCESSORS | _types(_OF_TEXT)
 
@@ -102,6 +104,27 @@ class Chooser:
         token = (probabilities / self.noise.at(rows.steps + ahead)).argmax(dim=-1)
         return token, probabilities[:, 0].isnan()  # softmax makes a whole row NaN, or none of it
 
+    def each(self, logits: Tensor, rows: Rows) -> tuple[Tensor, Tensor | None]:
+        """The same for the tokens of a round, each assuming those before it, ``[B, T, V]``.
+
+        Returns:
+            ``[B, T]`` both; None where none is drawn.
+        """
+        batch, count, _ = logits.shape
+        if self.reads_text or logits.numel() > MOST_AT_ONCE:
+            choices = [self(logits[:, t], rows, t) for t in range(count)]
+            tokens, undefined = (torch.stack(both, dim=1) for both in zip(*choices))
+            return tokens, undefined
+        # The processors look at nothing but a token's own scores: all tokens may be rows to them.
+        flat = logits.flatten(0, 1).to(copy=True, dtype=torch.float32, device=rows.text.device)
+        scores = self.processors(rows.text, flat)
+        if self.noise is None:
+            return scores.argmax(dim=-1).view(batch, count), None
+        probabilities = scores.softmax(dim=-1)
+        noise = self.noise.at(rows.steps[:, None] + rows.ahead[:count]).flatten(0, 1)
+        tokens = (probabilities / noise).argmax(dim=-1).view(batch, count)
+        return tokens, probabilities[:, 0].isnan().view(batch, count)
+
 
 def _of_row(processors: LogitsProcessorList, row: int) -> LogitsProcessorList:
     """The processors as they are for one row of the batch."""
@@ -152,8 +175,8 @@ class Noise:
         return self.drawn
 
     def at(self, steps: Tensor) -> Tensor:
-        """Each row's draw of its own step, ``[B, V]``; of steps that are not drawn yet, any."""
-        return self.ring[steps % self.window, self.rows]
+        """Each row's draws of its own steps ``[B]`` or ``[B, T]``; of steps not drawn yet, any."""
+        return self.ring[steps % self.window, self.rows.view(-1, *[1] * (steps.dim() - 1))]
 
     def end(self, steps: int) -> None:
         """Leave the generator as `steps` steps of plain generate do."""

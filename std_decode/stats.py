@@ -42,7 +42,8 @@ class DecodeStats:
         first_use_seconds: part of `seconds` that went into the first run (compilation included)
             and the capture of passes; a call whose shapes have been seen spends none.
         eager_because: why passes were not captured, or None.
-        seconds: host wall-clock time per stage. "dense" are passes without a draft.
+        seconds: time per stage, of the device where that is a CUDA device, else of the host.
+            "dense" are passes without a draft.
         calls: forward passes (for "select": selections) per stage.
         kv_cache_bytes: the call's K/V buffers, at their capacity (they grow by bucket).
         workspace_bytes: what else the call keeps: importance of the prompt's keys, float32
@@ -81,15 +82,6 @@ class DecodeStats:
     kv_cache_bytes: int = 0
     workspace_bytes: int = 0
     peak_memory_bytes: int = 0
-
-    @contextmanager
-    def timed(self, stage: str) -> Iterator[None]:
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[stage] += time.perf_counter() - start
-            self.calls[stage] += 1
 
     def settle(self, steps: int, passes: int) -> None:
         """Work out the ratios of a call that took `passes` dense passes for `steps` tokens."""
@@ -132,6 +124,39 @@ class DecodeStats:
         ]
         width = max(len(name) for name, _ in rows)
         return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+
+
+class Clock:
+    """Times the stages of a call for its stats: by a CUDA device's own events, or on the host.
+
+    The host runs ahead of a CUDA device, so its own time says nothing of a stage there.
+    """
+
+    def __init__(self, stats: DecodeStats, device: torch.device):
+        self.stats, self.on_device = stats, device.type == "cuda"
+        self.events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
+
+    @contextmanager
+    def timed(self, stage: str) -> Iterator[None]:
+        self.stats.calls[stage] += 1
+        if self.on_device:
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            self.events.append((stage, start, end))
+            start.record()
+            yield
+            end.record()
+            return
+        begin = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.stats.seconds[stage] += time.perf_counter() - begin
+
+    def settle(self) -> None:
+        """Count what was timed, once the host has waited for all of it."""
+        for stage, start, end in self.events:
+            self.stats.seconds[stage] += start.elapsed_time(end) / 1e3
+        self.events.clear()
 
 
 def _mebibytes(count: int) -> str:

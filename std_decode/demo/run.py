@@ -23,6 +23,7 @@ import std_decode
 from std_decode.cli import BadInput
 from std_decode.demo import camera, video
 from std_decode.demo.model import generate_inputs, load_model, load_tokenizer
+from std_decode.output import check_picture, png, replace_file
 
 
 @dataclass
@@ -108,7 +109,32 @@ def demo(options: argparse.Namespace) -> int:
     console.print(_table(plain, patched, figures))
     if options.json is not None:
         _write_json(options.json, figures)
+    if options.picture is not None:
+        with console.status("once more, looking on, for the picture"):
+            torch.manual_seed(options.seed)
+            _draw(options, model, tokenizer, inputs, frames, clip, sampling)
+        console.print(f"[dim]picture: {options.picture}[/dim]")
     return 0 if identical else 1
+
+
+def _draw(options, model, tokenizer, inputs, frames, clip, sampling) -> None:
+    from std_decode.demo.picture import draw, record
+
+    walk = record(
+        model,
+        tokenizer,
+        inputs,
+        clip,
+        sampling=sampling,
+        top_k_keys=options.top_k_keys,
+        draft_length=options.draft_length,
+    )
+    conditions = (
+        f"{options.video.name if options.video else f'rendered clip, seed {options.seed}'}, "
+        f"{len(frames) // camera.FRAMES_PER_SECOND:,} s; {options.top_k_keys} keys a layer and KV "
+        f"head, draft length {options.draft_length}, {'sampled' if options.sample else 'greedy'}"
+    )
+    replace_file(options.picture, png(draw(walk, frames, clip, conditions)))
 
 
 def _check(options: argparse.Namespace) -> None:
@@ -126,6 +152,10 @@ def _check(options: argparse.Namespace) -> None:
         path = getattr(options, name)
         if path is not None and (path.is_dir() or not path.resolve().parent.is_dir()):
             raise BadInput(f"--{name}: {path} cannot be a file: a folder, or in no folder")
+    if options.picture is not None:
+        check_picture("--picture", options.picture)
+        if options.draft_length == 0:
+            raise BadInput("--picture shows what drafts read, but --draft-length is 0: no drafts")
 
 
 def _film(

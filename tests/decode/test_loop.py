@@ -4,12 +4,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import DynamicCache
 
-from std_decode.cache import BufferLayer
+import std_decode
+from std_decode import attention
+from std_decode.cache import BufferLayer, SparseToDenseCache
 from std_decode.engine import Engine
 from std_decode.sampling import upcoming_noise
 from std_decode.selection import plan_selection
-from std_decode.stats import DecodeStats
+from std_decode.stats import Clock, DecodeStats
 
 
 def test_importance_is_the_best_share_lately():
@@ -20,7 +23,7 @@ def test_importance_is_the_best_share_lately():
     cache = SimpleNamespace(prompt=0, capacity=32, is_prompt=None, most_drafts=4)
     layers = cache.selecting_layers = [BufferLayer(cache, None) for _ in range(2)]
     engine = Engine(None, {}, cache, True)
-    engine.stats = DecodeStats()
+    engine.clock = Clock(DecodeStats(), torch.device("cpu"))
 
     def chosen(*scores):
         for layer in layers:
@@ -45,6 +48,50 @@ def test_importance_is_the_best_share_lately():
     for _ in range(5):
         last = chosen((18, 6.0), (19, 4.0))
     assert last == [*sinks, 18, 19]
+
+
+def test_any_draft_length_may_follow_another(make_case, monkeypatch):
+    """Each verified row is scored by its own draft step's lse; dense steps leave all as it is."""
+    case = make_case("llama")
+    ids = case.inputs["input_ids"]
+    prompt = ids.shape[1]
+    with std_decode.patched(case.model):
+        layers = case.model._std_decode.layers
+    cache = SparseToDenseCache(case.model.config, prompt + 40, 1, ids.device, most_drafts=4)
+    engine = Engine(case.model.config, layers, cache, reselect=True)
+    selection = plan_selection(torch.zeros_like(ids, dtype=torch.bool), None, 8, prompt)
+    engine.start(case.model.__call__, DynamicCache(), None, selection, DecodeStats())
+    layer, score = cache.layers[0], attention.verify_attention_with_scores
+    drafted, estimates = [], []
+
+    def note_lse(lse):
+        drafted.append(lse.clone())
+        BufferLayer.note_lse(layer, lse)
+
+    def scored(*arguments, **options):
+        estimates.append(arguments[4])
+        return score(*arguments, **options)
+
+    monkeypatch.setattr(attention, "verify_attention_with_scores", scored)
+    layer.note_lse = note_lse
+    with torch.no_grad():
+        engine.prefill(input_ids=ids, position_ids=torch.arange(prompt)[None])
+        for gamma in (4, 0, 1, 3, 0, 2):
+            drafted.clear(), estimates.clear()
+            before = layer.importance.clone()
+            positions = cache.longest + torch.arange(gamma + 1)[None]
+            engine.draft_and_verify(
+                ids[:, :1], positions, gamma, lambda logits, _: logits.argmax(-1), {}
+            )
+            cache.advance(1, cache.longest + 1)
+            assert engine.stats.calls["select"] == 1 + engine.stats.rounds
+            assert torch.equal(before, layer.importance) == (gamma == 0)
+            assert len(drafted) == gamma
+            if gamma:
+                assert torch.equal(estimates[0], torch.cat([*drafted, drafted[-1]], -1))
+            else:
+                assert not estimates
+    assert engine.stats.rounds == 4
 
 
 @pytest.mark.parametrize("rows", [1, 3])

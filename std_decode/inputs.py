@@ -1,0 +1,242 @@
+"""A model of the user's and what it needs to answer a question about a video file.
+
+>>> clip = read_video(Path("clip.mp4"), frames=64)
+>>> processor = load_processor("Qwen/Qwen2-VL-2B-Instruct")
+>>> inputs = make_inputs(processor, clip, "What happens?")
+>>> model = load_model("Qwen/Qwen2-VL-2B-Instruct")
+>>> model.generate(**inputs.to(model.device))
+"""
+
+from __future__ import annotations
+
+import bisect
+import math
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+# Decoded frames in memory come to 192 MiB at most, however long and large the video is.
+MOST_PIXELS = 2**26
+MOST_FRAMES = 4096
+_HUB = 'pip install "sparse-to-dense[hub]"'
+
+
+class InputError(ValueError):
+    """A model or a video that cannot be used; the message is one line, for a user."""
+
+
+@dataclass(frozen=True)
+class Video:
+    """Frames of a video, at even distances in time.
+
+    Attributes:
+        frames: RGB, uint8 ``[F, H, W, 3]``.
+        indices: of these frames among the `total` ones, ascending.
+        total: frames in the file.
+        fps: of the file, on average.
+    """
+
+    frames: np.ndarray
+    indices: list[int]
+    total: int
+    fps: float
+
+    @property
+    def seconds(self) -> float:
+        return self.total / self.fps
+
+
+def read_video(path: Path, frames: int) -> Video:
+    """Decode at most `frames` frames (1 to 4096) of any video file, evenly over its length.
+
+    Seeks to what it needs. Frames are made smaller where all of them would have more than 2^26
+    pixels, and turned upright as the file says.
+
+    Raises:
+        InputError: missing, a folder, empty, no video, cut off, or without time stamps.
+    """
+    import av
+
+    if not path.is_file():
+        what = "not a file; expected a video such as clip.mp4" if path.exists() else "no such file"
+        raise InputError(f"{path}: {what}")
+    try:
+        with av.open(str(path)) as container:
+            if not container.streams.video:
+                raise InputError(f"{path}: has no video stream")
+            stamps, keys = _time_stamps(container, path)
+            wanted = _evenly(stamps, frames)
+            pictures = _decode(container, [stamps[i] for i in wanted], keys)
+            time_base = container.streams.video[0].time_base or Fraction(1)
+    except av.error.FFmpegError as error:
+        what = str(error.strerror).lower()
+        raise InputError(f"{path}: not a readable video, or a truncated one ({what})") from error
+    if len(pictures) < len(wanted):
+        raise InputError(f"{path}: truncated: some frames cannot be decoded")
+    length = float((stamps[-1] - stamps[0]) * time_base)
+    fps = (len(stamps) - 1) / length if length else 1.0
+    indices = [round(float((stamps[i] - stamps[0]) * time_base) * fps) for i in wanted]
+    return Video(np.stack(pictures), indices, len(stamps), fps)
+
+
+def _time_stamps(container: Any, path: Path) -> tuple[list[int], list[int]]:
+    """Of all frames and of those that decoding can start at, ascending, without decoding any."""
+    stream = container.streams.video[0]
+    packets = [(p.pts, p.is_keyframe) for p in container.demux(stream) if p.size]
+    if not packets:
+        raise InputError(f"{path}: has no frames, or is truncated")
+    if any(pts is None for pts, _ in packets):
+        raise InputError(
+            f"{path}: has no time stamps; put it into a container: ffmpeg -i {path.name} -c copy "
+            "new.mp4"
+        )
+    if len(packets) < stream.frames:
+        raise InputError(f"{path}: truncated: {len(packets)} of {stream.frames} frames are there")
+    return sorted({pts for pts, _ in packets}), sorted(pts for pts, is_key in packets if is_key)
+
+
+def _evenly(stamps: list[int], frames: int) -> list[int]:
+    """Indices of the frames nearest to evenly spread times, each once."""
+    if len(stamps) <= frames:
+        return list(range(len(stamps)))
+    times = np.linspace(stamps[0], stamps[-1], frames)
+    at = np.searchsorted(stamps, times).clip(1, len(stamps) - 1)
+    before = np.array(stamps)[at - 1], np.array(stamps)[at]
+    return sorted(set((at - (times - before[0] < before[1] - times)).tolist()))
+
+
+def _decode(container: Any, wanted: list[int], keys: list[int]) -> list[np.ndarray]:
+    """The pictures at these time stamps, as far as they are there."""
+    stream = container.streams.video[0]
+    stream.thread_type = "AUTO"
+    pictures: list[np.ndarray] = []
+    source, at = None, -math.inf  # where decoding has come to
+    for stamp in wanted:
+        key = keys[max(0, bisect.bisect_right(keys, stamp) - 1)] if keys else wanted[0]
+        if source is None or key > at:
+            container.seek(key, stream=stream, backward=True)
+            source = container.decode(stream)
+        for frame in source:
+            at = frame.pts if frame.pts is not None else at
+            if at >= stamp:
+                pictures.append(_picture(frame, len(wanted)))
+                break
+    return pictures
+
+
+def _picture(frame: Any, frames: int) -> np.ndarray:
+    shrink = min(1.0, math.sqrt(MOST_PIXELS / frames / (frame.width * frame.height)))
+    width, height = (max(1, int(side * shrink)) for side in (frame.width, frame.height))
+    pixels = frame.to_ndarray(format="rgb24", width=width, height=height, interpolation="AREA")
+    return np.rot90(pixels, round(frame.rotation / 90) % 4)
+
+
+def check_packages() -> None:
+    """Raise InputError where a package that a hub model's processor needs is missing or broken."""
+    for name in ("torchvision", "PIL", "jinja2"):
+        try:
+            __import__(name)
+        except ImportError:
+            raise InputError(f"a model's video processor needs {name}: {_HUB}") from None
+        except Exception as error:  # a build of torchvision for another torch
+            line = str(error).splitlines()[0]
+            raise InputError(f"{name} does not work with this torch ({line}): {_HUB}") from None
+
+
+def load_processor(name: str, *, trust_remote_code: bool = False) -> Any:
+    """The processor of a folder or hub id.
+
+    Raises:
+        InputError: there is none, it takes no video, or a package is missing.
+    """
+    from transformers import AutoProcessor
+
+    check_packages()
+    with _one_line(name):
+        processor = AutoProcessor.from_pretrained(name, trust_remote_code=trust_remote_code)
+    if getattr(processor, "video_processor", None) is None:
+        raise InputError(f"{name}: its processor takes no video ({type(processor).__name__})")
+    if not getattr(processor, "chat_template", None):
+        raise InputError(f"{name}: has no chat template, so it is unknown how to ask it")
+    return processor
+
+
+def load_model(
+    name: str, *, dtype: str = "auto", device: str | None = None, trust_remote_code: bool = False
+) -> Any:
+    """The model of a folder or hub id, ready to generate.
+
+    Args:
+        dtype: "auto" (as it was saved), "float32", "bfloat16", "float16".
+        device: None: the first CUDA device, else the CPU.
+
+    Raises:
+        InputError: there is none that takes images and text.
+    """
+    import torch
+    from transformers import AutoModelForImageTextToText
+
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    with _one_line(name):
+        model = AutoModelForImageTextToText.from_pretrained(
+            name, dtype=dtype, trust_remote_code=trust_remote_code
+        )
+    return model.to(device).eval()
+
+
+class _one_line:
+    """Turns what `from_pretrained` says of a bad model into one line."""
+
+    def __init__(self, name: str):
+        self.name = name
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
+        if not isinstance(error, (OSError, ValueError, ImportError, KeyError)):
+            return
+        line = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        if "trust_remote_code" in str(error):
+            line = "runs code of its own; read it, then give --trust-remote-code"
+        raise InputError(f"{self.name}: {line}") from error
+
+
+def make_inputs(processor: Any, clip: Video, prompt: str) -> Any:
+    """What `model.generate` needs to answer `prompt` about `clip`.
+
+    Returns:
+        transformers' BatchFeature, on the CPU: `input_ids` ``[1, S]`` and what goes with them.
+
+    Raises:
+        InputError: the processor cannot make anything of the video.
+    """
+    from transformers.video_utils import VideoMetadata
+
+    height, width = clip.frames.shape[1:3]
+    told = VideoMetadata(
+        total_num_frames=clip.total,
+        fps=clip.fps,
+        width=width,
+        height=height,
+        duration=clip.seconds,
+        video_backend="pyav",
+        frames_indices=clip.indices,
+    )
+    content = [{"type": "video"}, {"type": "text", "text": prompt}]
+    conversation = [{"role": "user", "content": content}]
+    text = processor.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
+    try:
+        return processor(
+            text=[text],
+            videos=[clip.frames],
+            video_metadata=[told],
+            do_sample_frames=False,  # read_video has
+            return_tensors="pt",
+        )
+    except (ValueError, RuntimeError) as error:
+        line = str(error).strip().splitlines()[0]
+        raise InputError(f"{type(processor).__name__} cannot take this video: {line}") from error

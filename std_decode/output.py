@@ -1,0 +1,66 @@
+"""Files that commands write: checked before the work, replaced in one step after it."""
+
+from __future__ import annotations
+
+import io
+import os
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from std_decode.cli import BadInput
+
+
+def check_file(option: str, path: Path) -> None:
+    """Refuse a path that cannot be written as a file.
+
+    Raises:
+        BadInput: it is a folder, or in no folder.
+    """
+    if path.is_dir() or not path.resolve().parent.is_dir():
+        raise BadInput(f"{option}: {path} cannot be a file: a folder, or in no folder")
+
+
+def check_picture(option: str, path: Path) -> None:
+    """Refuse a picture that cannot be drawn or written.
+
+    Raises:
+        BadInput: no PNG, no place for a file, or matplotlib is missing.
+    """
+    if path.suffix.lower() != ".png":
+        raise BadInput(f"{option}: {path} is no PNG, expected a name that ends in .png")
+    check_file(option, path)
+    if find_spec("matplotlib") is None:
+        raise BadInput(
+            f'{option} needs matplotlib, which is not installed: pip install "sparse-to-dense'
+            '[bench]"'
+        )
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Replace the file in one step, so that a failure leaves the old one."""
+    part = path.with_name(path.name + ".part")
+    part.write_bytes(content)
+    os.replace(part, path)
+
+
+def new_figure(width: float, height: float) -> Any:
+    """A matplotlib figure of so many inches, without matplotlib's global state."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), dpi=100, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def png(figure: Any) -> bytes:
+    import numpy as np
+    from PIL import Image
+
+    figure.canvas.draw()
+    # 256 colours do, and the file is a third. matplotlib brings Pillow with it.
+    pixels = Image.fromarray(np.asarray(figure.canvas.buffer_rgba())).convert("RGB").quantize(256)
+    file = io.BytesIO()
+    pixels.save(file, "PNG", optimize=True)
+    return file.getvalue()

@@ -1,0 +1,131 @@
+"""A Qwen2-VL checkpoint of random weights, as a folder on disk, with the real processor.
+
+The processor needs torchvision. Beside a CPU build of torch, torchvision cannot load its own
+library, and where it is installed but does not import, transformers does not either. So what needs
+it runs in a process of its own, from a folder that ``STD_TORCHVISION`` names and no other process
+sees, with stand-ins for the operators that are missing.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[2]
+_OPS = (
+    "nms qnms roi_align _roi_align_backward ps_roi_align _ps_roi_align_backward roi_pool "
+    "_roi_pool_backward ps_roi_pool _ps_roi_pool_backward qroi_align deform_conv2d "
+    "_deform_conv2d_backward"
+)
+_LIBRARY: list[torch.library.Library] = []  # its operators go when it goes
+_SPECIAL = (
+    "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>",
+    "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>",
+)  # fmt: skip
+_TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% for c in m.content %}"
+    "{% if c.type == 'video' %}<|vision_start|><|video_pad|><|vision_end|>"
+    "{% else %}{{ c.text }}{% endif %}{% endfor %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def run(code: str, *arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """Run Python `code` where the processor works; skips where there is no torchvision."""
+    folder = os.environ.get("STD_TORCHVISION", "")
+    if not folder and find_spec("torchvision") is None:
+        pytest.skip(
+            "no torchvision; pip install --no-deps --target DIR torchvision, STD_TORCHVISION=DIR"
+        )
+    path = os.pathsep.join(filter(None, [str(ROOT), folder]))
+    first = "from tests.demo import tiny_qwen\ntiny_qwen.lend_operators()\n"
+    return subprocess.run(
+        [sys.executable, "-c", first + code, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+    )
+
+
+def lend_operators() -> None:
+    """Define torchvision's operators where it has none; the processors use none of them."""
+    try:
+        import torchvision  # noqa: F401
+    except RuntimeError:
+        for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
+            del sys.modules[name]
+        _LIBRARY.append(torch.library.Library("torchvision", "DEF"))
+        for op in _OPS.split():
+            _LIBRARY[0].define(f"{op}(Tensor x) -> Tensor")
+        import torchvision  # noqa: F401
+
+
+def tokenizer():
+    from tokenizers import Regex, Tokenizer
+    from tokenizers.decoders import Fuse
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import Split
+    from transformers import PreTrainedTokenizerFast
+
+    letters = [chr(code) for code in range(32, 127)] + ["\n"]
+    words = {word: i for i, word in enumerate([*_SPECIAL, *letters])}
+    made = Tokenizer(WordLevel(words, unk_token="<|endoftext|>"))
+    made.decoder = Fuse()
+    made.pre_tokenizer = Split(Regex(r"[\s\S]"), "isolated")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=made,
+        pad_token=_SPECIAL[0],
+        eos_token=_SPECIAL[2],
+        additional_special_tokens=list(_SPECIAL[1:]),
+    )
+
+
+def save(folder: Path) -> None:
+    """Write model and processor, inside `run`."""
+    from transformers import (
+        Qwen2VLConfig,
+        Qwen2VLForConditionalGeneration,
+        Qwen2VLImageProcessor,
+        Qwen2VLProcessor,
+        Qwen2VLVideoProcessor,
+    )
+
+    words = tokenizer()
+    pixels = dict(min_pixels=56 * 56, max_pixels=56 * 56)
+    Qwen2VLProcessor(
+        image_processor=Qwen2VLImageProcessor(**pixels),
+        tokenizer=words,
+        video_processor=Qwen2VLVideoProcessor(
+            size=dict(shortest_edge=56 * 56, longest_edge=16 * 56 * 56)
+        ),
+        chat_template=_TEMPLATE,
+    ).save_pretrained(folder)
+    torch.manual_seed(0)
+    config = Qwen2VLConfig(
+        text_config=dict(
+            vocab_size=len(words),
+            hidden_size=64,
+            intermediate_size=96,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=1024,
+            rope_parameters=dict(rope_type="default", rope_theta=1e4, mrope_section=[2, 3, 3]),
+            initializer_range=0.2,
+            eos_token_id=None,
+            bos_token_id=0,
+        ),
+        vision_config=dict(depth=1, embed_dim=32, hidden_size=64, num_heads=2, mlp_ratio=2),
+        image_token_id=words.convert_tokens_to_ids("<|image_pad|>"),
+        video_token_id=words.convert_tokens_to_ids("<|video_pad|>"),
+        vision_start_token_id=words.convert_tokens_to_ids("<|vision_start|>"),
+        vision_end_token_id=words.convert_tokens_to_ids("<|vision_end|>"),
+    )
+    Qwen2VLForConditionalGeneration(config).save_pretrained(folder)
