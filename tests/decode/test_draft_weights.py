@@ -410,7 +410,7 @@ def test_copies_take_what_the_roofline_counts(monkeypatch):
         with torch.device("meta"):
             model = cls._from_config(config, dtype=torch.bfloat16)
         found = Twins(model)
-        workload = draft_weights.workload_of(model, found, 1024)
+        workload = draft_weights.workload_of(model, 1024, found)
         assert not found.kept
         assert found.planned_bytes == shape.stored_bytes(True) - shape.stored_bytes(False)
         assert workload.weight_bytes == shape.weight_bytes(1)
