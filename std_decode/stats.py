@@ -133,18 +133,19 @@ class Clock:
     """
 
     def __init__(self, stats: DecodeStats, device: torch.device):
-        self.stats, self.on_device = stats, device.type == "cuda"
+        self.stats, self.device = stats, device
         self.events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
 
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:
         self.stats.calls[stage] += 1
-        if self.on_device:
+        if self.device.type == "cuda":
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            self.events.append((stage, start, end))
-            start.record()
+            stream = torch.cuda.current_stream(self.device)  # not that of the current device
+            start.record(stream)
             yield
-            end.record()
+            end.record(stream)
+            self.events.append((stage, start, end))
             return
         begin = time.perf_counter()
         try:
@@ -155,6 +156,7 @@ class Clock:
     def settle(self) -> None:
         """Count what was timed, once the host has waited for all of it."""
         for stage, start, end in self.events:
+            end.synchronize()  # has come, or an error would say that it has not
             self.stats.seconds[stage] += start.elapsed_time(end) / 1e3
         self.events.clear()
 
