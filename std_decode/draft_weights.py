@@ -9,6 +9,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from torch import Tensor
+
 from std_decode import twin_cache
 from std_decode.cost import Device, Workload, expected_tokens
 from std_decode.memory import free_memory, gigabytes
@@ -45,6 +47,11 @@ class DraftWeights:
     def detach(self) -> None:
         if self.twins is not None:
             self.twins.detach()
+
+    def tensors(self) -> list[Tensor]:
+        """What a draft reads of the twins."""
+        made = [twin for twin in self.twins.twins if twin.packed is not None] if self.twins else []
+        return [part for twin in made for part in (twin.packed, twin.scales)]
 
     def of_call(self, model: Any, rows: int) -> tuple[Twins | None, dict[str, Any]]:
         """The twins that a call of a batch of `rows` drafts with, and an account of it."""
