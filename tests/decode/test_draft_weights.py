@@ -433,6 +433,19 @@ def test_copies_take_what_the_roofline_counts(monkeypatch):
         assert workload.kv_bytes == 2 * shape.kv_values
 
 
+def test_layers_with_a_window_keep_what_is_in_it(make_case):
+    """A draft reads all of that, too; of the others' keys it reads a few."""
+    model = make_case("gemma3").model
+    config = model.get_decoder().config
+    full = config.layer_types.count("full_attention")
+    token = 2 * config.num_key_value_heads * config.head_dim * 4
+    workload = draft_weights.workload_of(model, 8)
+    assert 0 < full < config.num_hidden_layers
+    assert workload.kv_bytes == full * token
+    windowed = config.num_hidden_layers - full
+    assert workload.window_bytes == windowed * token * config.sliding_window
+
+
 # "auto"
 
 
