@@ -151,6 +151,13 @@ def verify_attention(
     sinks: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """One attention call when all rows share a range, else one a row."""
+    if len(query) == query.shape[2] == 1 and window is None:
+        # A dense step of one row, where each microsecond beside the attention itself counts.
+        low, high = 0 if kv_start is None else int(kv_start), int(kv_len)
+        if low < high:
+            rows = query.reshape(1, key.shape[1], -1, query.shape[3])
+            keys, values = key.narrow(2, low, high - low), value.narrow(2, low, high - low)
+            return unpack(query, *attend(rows, keys, values, None, scale, softcap), sinks)
     ranges = _ranges(kv_len, kv_start, query.shape[2], window)
     if len(set(ranges)) == 1:
         return _verify_range(query, key, value, *ranges[0], window, scale, softcap, sinks)
