@@ -72,7 +72,7 @@ def attend_in_chunks(
     scores = None if cut is None else rows.new_empty(len(rows), count)
     cut = None if cut is None else cut.flatten(0, 1)
     step = min(count, max(1, MAX_LOGITS // max(1, rows.shape[:2].numel())))
-    # Memory that comes fresh from the system for each block would cost more than what is done there.
+    # Memory that came fresh from the system for each block would cost more than the work on it.
     logit, share = (rows.new_empty(*rows.shape[:2], step) for _ in range(2))
     for start in range(0, count, step):
         part = slice(start, min(start + step, count))
