@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import platform
 import sys
 from collections.abc import Iterator
@@ -96,11 +95,10 @@ def run(options: argparse.Namespace) -> int:
             table.add_row(*row)
         console.print(table)
     if options.out is not None:
-        options.out.mkdir(parents=True, exist_ok=True)
+        from bench.roofline_tables import write
+
         path = options.out / "draft-weights.md"
-        part = path.with_suffix(".part")
-        part.write_text(_markdown(options, sections), encoding="utf-8")
-        os.replace(part, path)
+        write(path, _markdown(options, sections).encode())
         console.print(f"written to {path}", soft_wrap=True)
     return 1 if any(figures.differing for figures in counted.values()) else 0
 

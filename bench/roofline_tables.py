@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import os
 from pathlib import Path
 from typing import Any
 
 from bench.devices import GPUS
 from bench.predictions import MOST_BATCH, MOST_CONTEXT, USABLE
 from bench.roofline import PREDICTED, WAYS, command, gpu_in_words, in_words, model_in_words
+from std_decode.output import replace_file
 
 _HEAD = (
     "batch", "context", "GPUs", "what", "drafts", "ms/step", "tokens/step", "tokens/s", "speedup",
@@ -21,9 +21,7 @@ Records = list[dict[str, Any]]
 def write(path: Path, content: bytes) -> None:
     """All of a file or nothing."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    part.write_bytes(content)
-    os.replace(part, path)
+    replace_file(path, content)
 
 
 def _grouped(records: Records) -> dict[tuple[str, str], Records]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import io
 from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 from bench.roofline_tables import write
 from bench.selection import YARDSTICKS, command
 from bench.selection_rules import GROUPS, RULES, in_words
+from std_decode.output import new_figure, png
 
 Found = list[dict[str, Any]]
 Table = tuple[str, list[str], list[list[str]]]  # title, head, rows
@@ -196,14 +196,8 @@ def markdown(options: argparse.Namespace, environment: dict[str, Any], found: Fo
 
 def picture(options: argparse.Namespace, found: Found) -> bytes:
     """PNG: tokens per dense pass against keys, a panel for each length."""
-    import numpy as np
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from PIL import Image
-
     lengths = _values(found, "video_tokens")
-    figure = Figure(figsize=(3.4 * len(lengths) + 0.6, 3.2), dpi=100)
-    figure.set_layout_engine("constrained")
+    figure = new_figure(3.4 * len(lengths) + 0.6, 3.2)
     for axes, tokens in zip(
         figure.subplots(1, len(lengths), sharey=True, squeeze=False)[0], lengths
     ):
@@ -220,9 +214,4 @@ def picture(options: argparse.Namespace, found: Found) -> bytes:
     figure.axes[0].set_ylabel("tokens per dense pass")
     figure.axes[0].set_ylim(1)
     figure.axes[0].legend(fontsize=8, loc="lower right")
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    pixels = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB").quantize(64)
-    file = io.BytesIO()
-    pixels.save(file, "PNG", optimize=True)
-    return file.getvalue()
+    return png(figure)

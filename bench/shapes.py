@@ -12,6 +12,7 @@ from torch import Tensor
 
 from bench.models import SHAPES, Shape
 from std_decode import last_stats
+from std_decode.draft_weights import weights_of_step
 from std_decode.memory import free_memory
 from std_decode.twins import TwinnedLinear
 
@@ -159,11 +160,8 @@ def kv_bytes_of(cache: Any) -> int:
 
 
 def weight_bytes(model: Any) -> int:
-    """What a decoding step reads: every weight but the embedding, of which it reads some rows."""
-    embedding = model.get_input_embeddings().weight
-    decoder = {id(p): p.nbytes for p in model.get_decoder().parameters() if p is not embedding}
-    head = model.get_output_embeddings().weight
-    return sum({**decoder, id(head): head.nbytes}.values())
+    """What a decoding step reads."""
+    return sum(weight.nbytes for weight in weights_of_step(model))
 
 
 def draft_weight_bytes(model: Any) -> int:

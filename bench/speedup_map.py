@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import io
 import json
 import re
 from collections.abc import Iterator
@@ -14,6 +13,7 @@ from bench.devices import GIB, GPUS
 from bench.predictions import USABLE
 from bench.roofline import WAYS, assumptions, in_words, make_cell
 from bench.roofline_tables import write
+from std_decode.output import new_figure, png
 
 _CONTOURS: dict[float, Any] = {1.0: "solid", 1.5: "dashed", 2.0: "dotted"}
 _LEAST, _MOST = 0.5, 8.0  # where the colours end
@@ -69,19 +69,15 @@ def _compact(found: dict[str, Any]) -> str:
 
 
 def picture(options: argparse.Namespace, found: dict[str, Any]) -> bytes:
-    """PNG; matplotlib without its global state."""
+    """PNG."""
     import numpy as np
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.colors import TwoSlopeNorm
-    from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
     from matplotlib.patches import Rectangle
-    from PIL import Image
 
     batches, contexts = found["batch"], found["context"]
     width = max(4.8, 0.5 * len(contexts) + 1)
-    figure = Figure(figsize=(2 * width + 1, max(3.6, 0.36 * len(batches) + 1.9)), dpi=90)
-    figure.set_layout_engine("constrained")
+    figure = new_figure(2 * width + 1, max(3.6, 0.36 * len(batches) + 1.9), dpi=90)
     panels = figure.subplots(1, 2, sharey=True)
     norm = TwoSlopeNorm(0, *np.log2([_LEAST, _MOST]))  # white where drafting changes nothing
     for axes, way in zip(panels, WAYS.values()):
@@ -116,13 +112,7 @@ def picture(options: argparse.Namespace, found: dict[str, Any]) -> bytes:
         f"{found['gpu']}; hatched: does not fit into {USABLE:.0%} of {memory:g} GiB",
         fontsize=9,
     )
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    # 256 colours do, and the file is a third. matplotlib brings Pillow with it.
-    pixels = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB").quantize(256)
-    file = io.BytesIO()
-    pixels.save(file, "PNG", optimize=True)
-    return file.getvalue()
+    return png(figure)
 
 
 def _short(tokens: int) -> str:

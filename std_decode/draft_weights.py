@@ -9,6 +9,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from torch import Tensor
+from transformers import DynamicCache
+
 from std_decode import twin_cache
 from std_decode.cost import Device, Workload, expected_tokens
 from std_decode.memory import free_memory, gigabytes
@@ -45,6 +48,11 @@ class DraftWeights:
     def detach(self) -> None:
         if self.twins is not None:
             self.twins.detach()
+
+    def tensors(self) -> list[Tensor]:
+        """What a draft reads of the twins."""
+        made = [twin for twin in self.twins.twins if twin.packed is not None] if self.twins else []
+        return [part for twin in made for part in (twin.packed, twin.scales)]
 
     def of_call(self, model: Any, rows: int) -> tuple[Twins | None, dict[str, Any]]:
         """The twins that a call of a batch of `rows` drafts with, and an account of it."""
@@ -150,12 +158,8 @@ def decide(model: Any, twins: Twins, top_k_keys: int) -> tuple[bool, str]:
 
 def workload_of(model: Any, top_k_keys: int, twins: Twins | None = None) -> Workload:
     """A decoding step of the model at batch 1, dense and with drafts that read the twins."""
-    embedding = model.get_input_embeddings().weight
-    head = model.get_output_embeddings()
-    read = {id(p): p for p in model.get_decoder().parameters() if p is not embedding}
-    read |= {} if head is None else {id(p): p for p in head.parameters()}
-    read = {key: local(weight) for key, weight in read.items()}
-    weights = sum(weight.nbytes for weight in read.values())
+    read = weights_of_step(model)
+    weights = sum(weight.nbytes for weight in read)
     four_bit = None
     if twins is not None:
         own = sum(twin.weight.nbytes for twin in twins.twins)
@@ -163,15 +167,26 @@ def workload_of(model: Any, top_k_keys: int, twins: Twins | None = None) -> Work
     config = model.get_decoder().config
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    token = 2 * heads * width * model.get_input_embeddings().weight.element_size()
+    windows = [getattr(x, "sliding_window", None) for x in DynamicCache(config=config).layers]
     return Workload(
         weight_bytes=weights,
-        parameters=sum(weight.numel() for weight in read.values()),
-        kv_bytes=2 * config.num_hidden_layers * heads * width * embedding.element_size(),
+        parameters=sum(weight.numel() for weight in read),
+        kv_bytes=token * windows.count(None),
         batch=1,
         context=min(CONTEXT, getattr(config, "max_position_embeddings", CONTEXT)),
         draft_keys=top_k_keys,
         draft_weight_bytes=four_bit,
+        window_bytes=token * sum(filter(None, windows)),
     )
+
+
+def weights_of_step(model: Any) -> list[Tensor]:
+    """What a dense step reads: all weights but the embedding, of which it reads a row a token."""
+    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings()
+    read = {id(p): p for p in model.get_decoder().parameters() if p is not embedding}
+    read |= {} if head is None else {id(p): p for p in head.parameters()}
+    return [local(weight) for weight in read.values()]
 
 
 def best_speedup(workload: Workload) -> float:

@@ -18,6 +18,10 @@ from std_decode.stats import Clock, DecodeStats
 from std_decode.twins import Twins
 from std_kernels import select_topk
 
+# Compiled variants of a pass that may live at a time; PyTorch's own limit, 8, is soon reached by a
+# few batch sizes and draft lengths, and ends the call with an error.
+MOST_COMPILED = 64
+
 # What generate passes per token that a round works out for itself; the rest it hands on.
 _OWN_INPUTS = {
     "input_ids", "position_ids", "attention_mask", CACHE, "logits_to_keep",
@@ -206,6 +210,7 @@ class Engine:
 
     def read(self, tokens: Tensor, positions: Tensor, shared: dict[str, Any]) -> None:
         """Put the keys and values of tokens ``[B, T]`` behind each row, where there is room."""
+        self.compiled = None  # at the end of a call, T is any number: none to compile for
         self.compute("verify", tokens, positions, shared)
 
     def step(
@@ -275,7 +280,8 @@ class Engine:
         with attention_of(self.config, running):
             if self.compiled is None or running.phase == "prefill":
                 return self.forward(**inputs)
-            with compiled_for(running):
+            limit = torch._dynamo.config.patch(recompile_limit=MOST_COMPILED)
+            with compiled_for(running), limit:
                 return self.compiled(**inputs)
 
     def select(self, selection: Selection) -> None:

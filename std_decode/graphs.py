@@ -17,7 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-MOST_GRAPHS = 8  # live at a time, of one engine: draft, verify and dense of a few variants
+# Live at a time, of one engine: draft, dense step, and a verification for each of cost.LENGTHS,
+# with some room for variants. A graph that is dropped too early is captured again and again.
+MOST_GRAPHS = 16
 
 
 def unavailable(devices: set[torch.device]) -> str | None:

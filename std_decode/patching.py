@@ -19,7 +19,7 @@ from transformers import (
 
 from std_decode import draft_weights as weights
 from std_decode.cache import CACHE, SparseToDenseCache
-from std_decode.cost import FixedLength, Policy, Workload
+from std_decode.cost import COMPILED_LENGTHS, LENGTHS, FixedLength, Policy, Workload
 from std_decode.eligibility import attention_layers
 from std_decode.generation import sample
 from std_decode.loop import Decoding
@@ -90,7 +90,8 @@ def patch(
             buffers are then kept for the next call, until `unpatch`. What cannot be captured runs
             pass by pass, and `last_stats` says why.
         compile: whether passes that are captured are compiled first (``torch.compile``), so that a
-            decoder layer is some 12 kernels instead of 30 to 40. The first call then takes long.
+            decoder layer is some 12 kernels instead of 30 to 40. The first call then takes long,
+            and "auto" chooses among few draft lengths, because each is compiled for itself.
         visual_token_ids: token ids that stand for video or image, where the processor's
             ``mm_token_type_ids`` and the ids in the model's config do not tell.
         visual_mask: where the prompt holds video or image tokens, for prompts that ids cannot
@@ -128,7 +129,7 @@ def patch(
         type(target),
         layers,
         top_k_keys,
-        Policy() if draft_length == "auto" else FixedLength(draft_length),
+        _policy(draft_length, compile),
         reselect,
         visual_token_ids,
         visual_mask,
@@ -246,6 +247,12 @@ class _SparseToDense:
     def _assisted_decoding(self, *args: Any, **kwargs: Any) -> Any:
         self._std_decode.stats = DecodeStats(fallback="assisted decoding")
         return super()._assisted_decoding(*args, **kwargs)  # type: ignore[misc]
+
+
+def _policy(draft_length: int | Literal["auto"], compiles: bool) -> Policy | FixedLength:
+    if draft_length != "auto":
+        return FixedLength(draft_length)
+    return Policy(COMPILED_LENGTHS if compiles else LENGTHS)
 
 
 def _check_options(

@@ -112,5 +112,6 @@ def _fingerprint(model: nn.Module) -> Hashable:
         for module in model.modules()
         if hasattr(module, "merged_adapters")
     ]
-    weights = [tensor.data_ptr() for tensor in (*model.parameters(), *model.buffers())]
+    twins = model._std_decode.draft_weights.tensors()
+    weights = [tensor.data_ptr() for tensor in (*model.parameters(), *model.buffers(), *twins)]
     return hash((tuple(adapters), tuple(weights)))

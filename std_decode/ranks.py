@@ -10,7 +10,7 @@ import torch.distributed
 
 
 def lead(model: Any) -> Callable[[int], int]:
-    """A function that turns a rank's own choice into that of rank 0.
+    """A function that turns a rank's own choice into that of the first of those that share.
 
     Ranks measure different times. If they chose different draft lengths by them, their passes
     would have different shapes and wait for each other for ever. Costs one broadcast a choice;
@@ -18,10 +18,15 @@ def lead(model: Any) -> Callable[[int], int]:
     """
     if (getattr(model, "_tp_size", None) or 1) == 1 or not torch.distributed.is_initialized():
         return lambda choice: choice
+    # Other processes may have the same model for other prompts: they must not be waited for.
+    mesh = getattr(model, "_device_mesh", None)
+    if mesh is not None and mesh.ndim > 1:
+        mesh = mesh["tp"]
+    group = None if mesh is None else mesh.get_group()
 
     def follow(choice: int) -> int:
         told = torch.tensor(choice, device=model.device)
-        torch.distributed.broadcast(told, src=0)
+        torch.distributed.broadcast(told, group=group, group_src=0)
         return int(told)
 
     return follow

@@ -49,7 +49,7 @@ class DecodeStats:
         workspace_bytes: what else the call keeps: importance of the prompt's keys, float32
             ``[B, Hkv, S]`` a layer; index lists, int32 ``[B, Hkv, selected_keys]`` a layer; and
             when sampling a ring of random numbers, float32 ``[steps, B, V]`` with at most 32 steps
-            or draft_length + 1. Besides, one layer's scores, float32 ``[B, Hkv, capacity]``, come
+            or the longest draft and one. Besides, one layer's scores, float32 ``[B, Hkv, capacity]``, come
             and go in each verification.
         peak_memory_bytes: peak allocated on the CUDA device since the call began; on the CPU the
             peak resident size of the process so far (0 on Windows).
@@ -133,18 +133,19 @@ class Clock:
     """
 
     def __init__(self, stats: DecodeStats, device: torch.device):
-        self.stats, self.on_device = stats, device.type == "cuda"
+        self.stats, self.device = stats, device
         self.events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
 
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:
         self.stats.calls[stage] += 1
-        if self.on_device:
+        if self.device.type == "cuda":
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            self.events.append((stage, start, end))
-            start.record()
+            stream = torch.cuda.current_stream(self.device)  # not that of the current device
+            start.record(stream)
             yield
-            end.record()
+            end.record(stream)
+            self.events.append((stage, start, end))
             return
         begin = time.perf_counter()
         try:
@@ -155,6 +156,7 @@ class Clock:
     def settle(self) -> None:
         """Count what was timed, once the host has waited for all of it."""
         for stage, start, end in self.events:
+            end.synchronize()  # has come, or an error would say that it has not
             self.stats.seconds[stage] += start.elapsed_time(end) / 1e3
         self.events.clear()
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
 import tempfile
 import time
@@ -23,7 +22,7 @@ import std_decode
 from std_decode.cli import BadInput
 from std_decode.demo import camera, video
 from std_decode.demo.model import generate_inputs, load_model, load_tokenizer
-from std_decode.output import check_picture, png, replace_file
+from std_decode.output import check_file, check_picture, png, replace_file
 
 
 @dataclass
@@ -108,7 +107,7 @@ def demo(options: argparse.Namespace) -> int:
     }
     console.print(_table(plain, patched, figures))
     if options.json is not None:
-        _write_json(options.json, figures)
+        replace_file(options.json, (json.dumps(figures, indent=2) + "\n").encode())
     if options.picture is not None:
         with console.status("once more, looking on, for the picture"):
             torch.manual_seed(options.seed)
@@ -149,9 +148,8 @@ def _check(options: argparse.Namespace) -> None:
     if options.keep is not None and options.keep.exists():
         raise BadInput(f"--keep: {options.keep} exists already, expected a new file")
     for name in ("keep", "json"):
-        path = getattr(options, name)
-        if path is not None and (path.is_dir() or not path.resolve().parent.is_dir()):
-            raise BadInput(f"--{name}: {path} cannot be a file: a folder, or in no folder")
+        if getattr(options, name) is not None:
+            check_file(f"--{name}", getattr(options, name))
     if options.picture is not None:
         check_picture("--picture", options.picture)
         if options.draft_length == 0:
@@ -196,10 +194,3 @@ def _table(plain: Narration, patched: Narration, figures: dict[str, Any]) -> Tab
     identical = "[green]yes[/green]" if figures["identical"] else "[bold red]NO[/bold red]"
     table.add_row("tokens identical", "", identical)
     return table
-
-
-def _write_json(path: Path, figures: dict[str, Any]) -> None:
-    """Replace the file in one step, so that a failure leaves the old one."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(figures, indent=2) + "\n")
-    os.replace(part, path)

@@ -401,6 +401,21 @@ def test_memory_that_is_gone_when_weights_have_moved(make_case, monkeypatch):
     std_decode.unpatch(original)
 
 
+def test_a_captured_draft_does_not_outlive_its_twins(make_case, recording, monkeypatch):
+    """It would read memory that is no longer theirs."""
+    case = make_case("llama", 2)
+    expected = case.generate()
+    with std_decode.patched(case.model, **PATCH):
+        for _ in range(2):
+            assert torch.equal(case.generate(), expected)
+        for twin in case.model._std_decode.draft_weights.twins.twins:
+            twin.drop()
+        monkeypatch.setattr(twins, "free_memory", lambda device: 1000)
+        assert torch.equal(case.generate(), expected)
+        stats = std_decode.last_stats(case.model)
+    assert stats.draft_weights is None and stats.graph_captures > 0
+
+
 def test_copies_take_what_the_roofline_counts(monkeypatch):
     """At a real model's dimensions, to the byte: weights read by a draft, and memory for twins."""
     monkeypatch.setattr(quantize, "no_kernel", lambda device: None)
@@ -416,6 +431,19 @@ def test_copies_take_what_the_roofline_counts(monkeypatch):
         assert workload.weight_bytes == shape.weight_bytes(1)
         assert workload.draft_weight_bytes == shape.weight_bytes(1, True)
         assert workload.kv_bytes == 2 * shape.kv_values
+
+
+def test_layers_with_a_window_keep_what_is_in_it(make_case):
+    """A draft reads all of that, too; of the others' keys it reads a few."""
+    model = make_case("gemma3").model
+    config = model.get_decoder().config
+    full = config.layer_types.count("full_attention")
+    token = 2 * config.num_key_value_heads * config.head_dim * 4
+    workload = draft_weights.workload_of(model, 8)
+    assert 0 < full < config.num_hidden_layers
+    assert workload.kv_bytes == full * token
+    windowed = config.num_hidden_layers - full
+    assert workload.window_bytes == windowed * token * config.sliding_window
 
 
 # "auto"

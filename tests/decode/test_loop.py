@@ -94,6 +94,38 @@ def test_any_draft_length_may_follow_another(make_case, monkeypatch):
     assert engine.stats.rounds == 4
 
 
+def test_the_clock_goes_by_the_stream_that_works_and_waits_for_it(monkeypatch):
+    """The cache may be on another device than the current one; events by default are not."""
+    device = torch.device("cuda", 1)
+
+    class Event:
+        stream, waited = None, False
+
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self, stream=None):
+            self.stream = stream
+
+        def synchronize(self):
+            self.waited = True
+
+        def elapsed_time(self, end):
+            assert end.waited and self.stream == end.stream == ("stream of", device)
+            return 250.0
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: ("stream of", device))
+    stats = DecodeStats()
+    clock = Clock(stats, device)
+    for _ in range(2):
+        with clock.timed("draft"):
+            pass
+    for _ in range(2):  # the second time there is nothing new
+        clock.settle()
+        assert stats.seconds["draft"] == 0.5 and stats.calls["draft"] == 2
+
+
 @pytest.mark.parametrize("rows", [1, 3])
 def test_upcoming_noise_is_what_multinomial_draws(rows):
     """argmax(p / q) with the peeked q is what torch.multinomial goes on to choose."""
