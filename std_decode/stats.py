@@ -49,8 +49,8 @@ class DecodeStats:
         workspace_bytes: what else the call keeps: importance of the prompt's keys, float32
             ``[B, Hkv, S]`` a layer; index lists, int32 ``[B, Hkv, selected_keys]`` a layer; and
             when sampling a ring of random numbers, float32 ``[steps, B, V]`` with at most 32 steps
-            or the longest draft and one. Besides, one layer's scores, float32 ``[B, Hkv, capacity]``, come
-            and go in each verification.
+            or the longest draft and one. Besides, one layer's scores, float32
+            ``[B, Hkv, capacity]``, come and go in each verification.
         peak_memory_bytes: peak allocated on the CUDA device since the call began; on the CPU the
             peak resident size of the process so far (0 on Windows).
     """
