@@ -21,9 +21,9 @@ Show sparse-to-dense decoding at work, with nothing to download.
 
 A camera clip is rendered to an mp4 file, read back, and narrated by a tiny trained video LLM (a
 Qwen2-VL of 2.5M parameters that comes with the package): patched, unpatched, and patched without
-drafts (the dense path). The table compares them; the tokens must be identical. On a CPU and at this
-size a draft step costs nearly as much as a dense one until the video is long, so by itself the patch
-hardly drafts: see the method with --draft-length 4 and --picture, its speed on a GPU."""
+drafts (the dense path). The table compares them; the tokens must be identical. On a CPU, at this
+size, a draft step costs nearly as much as a dense one until the video is long, so by itself the
+patch hardly drafts: see the method with --draft-length 4 and --picture, not its speed."""
 
 SPARSITY = """\
 Show how sparse a model's attention is on a video of yours, what drafts that rely on it come to,
