@@ -44,6 +44,8 @@ class Pass:
         layers: the attention modules that take part, by `layer_idx`.
         selection: None where nothing will be drafted, hence nothing is scored.
         rescore: whether verification hands out scores for a new selection.
+        own_length: what to attend to where the pass is a dense step that the model's own attention
+            takes less time for than ours: of one row, on the CPU, over few keys; else None.
         twins: whose 4-bit weights the pass reads (`std_decode.twins.Twins`), or None.
     """
 
@@ -52,6 +54,7 @@ class Pass:
     layers: dict[int, nn.Module]
     selection: Selection | None = None
     rescore: bool = False
+    own_length: int | None = None
     twins: object = None
 
 
@@ -157,7 +160,9 @@ def _attention(
         observer = None if torch.compiler.is_compiling() else _observer.get()
         if observer is not None and running.phase == "verify":
             observer(running, layer, query, key, value, options)
-        if running.phase != "prefill":
+        if running.own_length is not None and layer.window is None:
+            key, value = key[:, :, : running.own_length], value[:, :, : running.own_length]
+        elif running.phase != "prefill":
             attend = _draft if running.phase == "draft" else _verify
             out = attend(running, layer, query, key, value, options)
             return out.transpose(1, 2).contiguous(), None

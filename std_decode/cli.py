@@ -20,9 +20,10 @@ DEMO = """\
 Show sparse-to-dense decoding at work, with nothing to download.
 
 A camera clip is rendered to an mp4 file, read back, and narrated by a tiny trained video LLM (a
-Qwen2-VL of 2.5M parameters that comes with the package): once patched, once unpatched. The table
-compares them; the tokens must be identical. On a CPU and at this size a draft step costs nearly as
-much as a dense one until the video is long (--seconds 1024), so see the method, not its speed."""
+Qwen2-VL of 2.5M parameters that comes with the package): patched, unpatched, and patched without
+drafts (the dense path). The table compares them; the tokens must be identical. On a CPU, at this
+size, a draft step costs nearly as much as a dense one until the video is long, so by itself the
+patch hardly drafts: see the method with --draft-length 4 and --picture, not its speed."""
 
 SPARSITY = """\
 Show how sparse a model's attention is on a video of yours, what drafts that rely on it come to,
@@ -72,6 +73,10 @@ def _whole_number(least: int, most: int | None = None) -> Callable[[str], int]:
     return parse
 
 
+def _draft_length(text: str) -> int | str:
+    return text if text == "auto" else _whole_number(0, 63)(text)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="std-decode",
@@ -119,10 +124,18 @@ def _parser() -> argparse.ArgumentParser:
     )
     add(
         "--draft-length",
-        type=_whole_number(0, 63),
-        default=4,
+        type=_draft_length,
+        default="auto",
         metavar="G",
-        help="tokens drafted a round; 0 decodes densely (default: %(default)s)",
+        help="tokens drafted a round, 0 to 63; 0 decodes densely, auto drafts where that pays, "
+        "which it does not before some thousand video tokens (default: %(default)s)",
+    )
+    add(
+        "--repeat",
+        type=_whole_number(1, 1000),
+        default=1,
+        metavar="N",
+        help="narrate so often each way, in turns, and compare medians (default: %(default)s)",
     )
     add("--json", type=Path, metavar="FILE", help="write the figures to this file too")
     add("--picture", type=Path, metavar="FILE.png",

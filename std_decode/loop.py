@@ -128,7 +128,9 @@ class Decoding:
         """
         rows, stats = self.rows, self.engine.stats
         chosen, undefined = self.choose.each(logits, rows)
-        agreeing = (drafts == chosen[:, :-1]).long().cumprod(dim=1).sum(dim=1)
+        agreeing = torch.zeros_like(rows.steps)
+        if drafts.shape[1]:
+            agreeing = (drafts == chosen[:, :-1]).long().cumprod(dim=1).sum(dim=1)
         given, kept = rows.keep(chosen, agreeing, self.step_limit)
         if undefined is not None:
             undefined = (undefined & (rows.ahead[: chosen.shape[1]] < given[:, None])).sum(dim=1)

@@ -64,6 +64,9 @@ class Rows:
         self.steps = torch.zeros_like(input_ids[:, 0])
         self.ended = torch.full_like(self.steps, NEVER)
         self.ahead = torch.arange(MOST_TOKENS_PER_PASS, device=input_ids.device)
+        self.columns_at_0 = (
+            self.prompt - 1 + torch.arange(2 * MOST_TOKENS_PER_PASS, device=input_ids.device)
+        )
         self.at = [0] * len(input_ids)
         self.ended_at = [NEVER] * len(input_ids)
 
@@ -77,7 +80,7 @@ class Rows:
 
     def columns(self, count: int, ahead: int = 0) -> Tensor:
         """Where the next `count` tokens of each row go, ``[B, count]``."""
-        return self.steps[:, None] + (self.prompt + ahead) + self.ahead[:count]
+        return self.steps[:, None] + self.columns_at_0[ahead + 1 : ahead + 1 + count]
 
     def pending(self) -> Tensor:
         """Each row's newest token, ``[B, 1]``."""
@@ -103,9 +106,15 @@ class Rows:
         columns, step = self.columns(count), self.ahead[:count]
         self.text.scatter_(1, columns, tokens)
         last = self.ends(self.text, columns, tokens)
-        last |= columns >= self.prompt + self.ends.most_steps - 1
-        given = torch.minimum(agreed + 1, (limit - self.steps).clamp_(min=0))
-        own = torch.where(self.ended == NEVER, given, 0)
+        # What the host knows cannot happen in this round is not asked of the device.
+        if max(self.at) + count >= self.ends.most_steps:
+            last |= columns >= self.prompt + self.ends.most_steps - 1
+        given = agreed + 1
+        if max(self.at) + count > limit:
+            given = torch.minimum(given, (limit - self.steps).clamp_(min=0))
+        own = given
+        if min(self.ended_at) < NEVER:
+            own = torch.where(self.ended == NEVER, given, 0)
         last &= step < own[:, None]
         first = torch.where(last, step, count).amin(dim=1)
         own = torch.minimum(own, first + 1)

@@ -13,6 +13,7 @@ from std_kernels._packed import (
     INF,
     MAX_LOGITS,
     attend,
+    attend_in_chunks,
     gather,
     gather_with_tail,
     logits,
@@ -151,6 +152,13 @@ def verify_attention(
     sinks: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """One attention call when all rows share a range, else one a row."""
+    if len(query) == query.shape[2] == 1 and window is None:
+        # A dense step of one row, where each microsecond beside the attention itself counts.
+        low, high = 0 if kv_start is None else int(kv_start), int(kv_len)
+        if low < high:
+            rows = query.reshape(1, key.shape[1], -1, query.shape[3])
+            keys, values = key.narrow(2, low, high - low), value.narrow(2, low, high - low)
+            return unpack(query, *attend(rows, keys, values, None, scale, softcap), sinks)
     ranges = _ranges(kv_len, kv_start, query.shape[2], window)
     if len(set(ranges)) == 1:
         return _verify_range(query, key, value, *ranges[0], window, scale, softcap, sinks)
@@ -176,20 +184,31 @@ def verify_attention_with_scores(
     softcap: float | None,
     sinks: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """verify_attention, then a second pass over the keys: out cannot depend on the scores."""
-    out, lse = verify_attention(query, key, value, kv_len, kv_start, window, scale, softcap, sinks)
+    """verify_attention, and scores that cannot change its results: a second pass over the keys.
+
+    Over many keys the scores come from the same logits as the results, which are those of
+    verify_attention bit for bit.
+    """
+    B, Hq, T, _ = query.shape
     scores = key.new_zeros(key.shape[:3], dtype=torch.float32)
     # +inf switches a row off. The finite floor keeps a masked logit less it at -inf, not NaN.
     cut = score_lse.nan_to_num(nan=INF, posinf=INF, neginf=torch.finfo(torch.float32).min)
-    ranges = _ranges(kv_len, kv_start, query.shape[2], window)
-    if len(set(ranges)) == 1:
-        _score_range(scores, query, key, cut, *ranges[0], window, scale, softcap)
-        return out, lse, scores
-    for b, (low, high) in enumerate(ranges):
-        row = slice(b, b + 1)
-        _score_range(
-            scores[row], query[row], key[row], cut[row], low, high, window, scale, softcap
-        )
+    ranges = _ranges(kv_len, kv_start, T, window)
+    parts = [slice(0, B)] if len(set(ranges)) == 1 else [slice(b, b + 1) for b in range(B)]
+    out = torch.empty_like(query, memory_format=torch.contiguous_format)
+    lse = query.new_empty(query.shape[:3], dtype=torch.float32)
+    for rows, (low, high) in zip(parts, ranges):
+        given = query[rows], key[rows], value[rows]
+        first = low
+        if _in_parts(query, low, high, window):
+            packed = cut[rows].reshape(-1, key.shape[1], Hq // key.shape[1] * T, 1)
+            out[rows], lse[rows] = _verify_parts(
+                *given, low, high, scale, softcap, sinks, packed, scores[rows]
+            )
+            first = high - T
+        else:
+            out[rows], lse[rows] = _verify_range(*given, low, high, window, scale, softcap, sinks)
+        _score_range(scores[rows], *given[:2], cut[rows], first, high, window, scale, softcap)
     return out, lse, scores
 
 
@@ -238,8 +257,7 @@ def _verify_range(
                 query[:, :, T - n :], key, value, low, high, *options
             )
         return out, lse
-    whole = window is None or n <= window
-    if T > 1 and whole and n > _LONG and query.dtype == torch.float32:
+    if _in_parts(query, low, high, window):
         return _verify_parts(query, key, value, low, high, scale, softcap, sinks)
     if T > 1 and G * T * n > _MAX_BIAS:
         half = T // 2
@@ -255,6 +273,12 @@ def _verify_range(
     return unpack(query, out, lse, sinks)
 
 
+def _in_parts(query: Tensor, low: int, high: int, window: int | None) -> bool:
+    T, n = query.shape[2], high - low
+    whole = window is None or n <= window
+    return 1 < T <= n and n > _LONG and whole and query.dtype == torch.float32
+
+
 def _verify_parts(
     query: Tensor,
     key: Tensor,
@@ -264,11 +288,14 @@ def _verify_parts(
     scale: float,
     softcap: float | None,
     sinks: Tensor | None,
+    cut: Tensor | None = None,
+    scores: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The keys that all T queries see, and their own T keys, merged.
 
     A mask as long as the cache would cost a tenth of the attention itself, and more where memory
-    for it comes fresh from the system.
+    for it comes fresh from the system. With `cut` [B, Hkv, R, 1] it also writes the scores of the
+    keys before the own ones, from the same logits; they do not touch the rest.
     """
     B, Hq, T, D = query.shape
     Hkv = key.shape[1]
@@ -278,7 +305,11 @@ def _verify_parts(
     out, lse = attend(rows, key[:, :, own], value[:, :, own], bias, scale, softcap)
     if high - T > low:
         seen = slice(low, high - T)
-        past, past_lse = attend(rows, key[:, :, seen], value[:, :, seen], None, scale, softcap)
+        past, past_lse, found = attend_in_chunks(
+            rows, key[:, :, seen], value[:, :, seen], scale, softcap, cut
+        )
+        if scores is not None:
+            scores[:, :, seen] = found
         share = torch.sigmoid(lse - past_lse)
         out, lse = torch.lerp(past, out, share[..., None]), torch.logaddexp(past_lse, lse)
     return unpack(query, out, lse, sinks)

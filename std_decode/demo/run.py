@@ -7,8 +7,11 @@ import json
 import shutil
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from collections import Counter
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -34,6 +37,7 @@ class Narration:
     tokens: int
     total_seconds: float
     tokens_per_second: float  # of decoding: after the first token
+    stats: std_decode.DecodeStats | None = None
 
 
 class _TimedStreamer(TextStreamer):
@@ -83,29 +87,45 @@ def demo(options: argparse.Namespace) -> int:
             (len(told) - 1) / (last - first) if len(told) > 1 else 0.0,
         )
 
-    # The first calls pay for setting up; neither side should.
     few = generate_inputs(frames[:8], first_tag, tokenizer)
-    model.generate(**few, max_new_tokens=8)
-    with std_decode.patched(
-        model, top_k_keys=options.top_k_keys, draft_length=options.draft_length
-    ):
-        model.generate(**few, max_new_tokens=8)
-        patched = narrate(console)
-        stats = std_decode.last_stats(model)
-    with console.status("the same without the patch"):
-        plain = narrate(None)
-    assert stats is not None
-    identical = torch.equal(plain.sequences, patched.sequences)
+
+    def tell(patch: dict[str, Any] | None, shown: Console | None = None) -> Narration:
+        with nullcontext() if patch is None else std_decode.patched(model, **patch):
+            model.generate(**few, max_new_tokens=16)  # the first call pays for setting up
+            narration = narrate(shown)
+            return replace(narration, stats=std_decode.last_stats(model) if patch else None)
+
+    ways = {
+        "patched": dict(top_k_keys=options.top_k_keys, draft_length=options.draft_length),
+        "unpatched": None,
+        "dense path": dict(draft_length=0),
+    }
+    told: dict[str, list[Narration]] = {name: [] for name in ways}
+    for run in range(options.repeat):
+        for name, patch in ways.items():
+            if run == 0 and name == "patched":
+                told[name].append(tell(patch, console))
+                continue
+            with console.status(f"the same, {name}, {run + 1} of {options.repeat}"):
+                told[name].append(tell(patch))
+    patched = told["patched"][0]
+    everything = [narration for runs in told.values() for narration in runs]
+    identical = all(torch.equal(x.sequences, patched.sequences) for x in everything)
     right = None if clip is None else camera.attributes_right(patched.text, clip)
+    assert patched.stats is not None
     figures = {
         "video_tokens": video_tokens,
         "identical": identical,
-        "unpatched_tokens_per_second": plain.tokens_per_second,
-        "patched_tokens_per_second": patched.tokens_per_second,
+        **{
+            f"{name.replace(' ', '_')}_tokens_per_second": _median(runs, "tokens_per_second")
+            for name, runs in told.items()
+        },
+        "over_unpatched": _ratio(told, "unpatched"),
+        "over_dense_path": _ratio(told, "dense path"),
         "attributes_right": right,
-        **asdict(stats),
+        **asdict(patched.stats),
     }
-    console.print(_table(plain, patched, figures))
+    console.print(_table(told, figures))
     if options.json is not None:
         replace_file(options.json, (json.dumps(figures, indent=2) + "\n").encode())
     if options.picture is not None:
@@ -119,6 +139,8 @@ def demo(options: argparse.Namespace) -> int:
 def _draw(options, model, tokenizer, inputs, frames, clip, sampling) -> None:
     from std_decode.demo.picture import draw, record
 
+    # Where drafting does not pay, "auto" leaves nothing to look at.
+    drafts = 4 if options.draft_length == "auto" else options.draft_length
     walk = record(
         model,
         tokenizer,
@@ -126,12 +148,12 @@ def _draw(options, model, tokenizer, inputs, frames, clip, sampling) -> None:
         clip,
         sampling=sampling,
         top_k_keys=options.top_k_keys,
-        draft_length=options.draft_length,
+        draft_length=drafts,
     )
     conditions = (
         f"{options.video.name if options.video else f'rendered clip, seed {options.seed}'}, "
         f"{len(frames) // camera.FRAMES_PER_SECOND:,} s; {options.top_k_keys} keys a layer and KV "
-        f"head, draft length {options.draft_length}, {'sampled' if options.sample else 'greedy'}"
+        f"head, draft length {drafts}, {'sampled' if options.sample else 'greedy'}"
     )
     replace_file(options.picture, png(draw(walk, frames, clip, conditions)))
 
@@ -173,24 +195,45 @@ def _film(
     return frames, told
 
 
-def _table(plain: Narration, patched: Narration, figures: dict[str, Any]) -> Table:
-    table = Table(title="the same narration, unpatched and patched", title_style="bold")
-    for name in ("", "unpatched", "patched", "ratio"):
+def _median(runs: list[Narration], name: str) -> float:
+    return median(getattr(run, name) for run in runs)
+
+
+def _ratio(told: dict[str, list[Narration]], rival: str) -> float | None:
+    """Median of the decoding speeds' ratios, patched over `rival`, run by run."""
+    pairs = zip(told["patched"], told[rival])
+    ratios = [x.tokens_per_second / y.tokens_per_second for x, y in pairs if y.tokens_per_second]
+    return median(ratios) if ratios else None
+
+
+def _table(told: dict[str, list[Narration]], figures: dict[str, Any]) -> Table:
+    runs = len(told["patched"])
+    of_runs = f", medians of {runs} runs" if runs > 1 else ""
+    table = Table(title=f"the same narration, patched and not{of_runs}", title_style="bold")
+    for name in ("", "unpatched", "dense path", "patched"):
         table.add_column(name, justify="left" if not name else "right")
-    speeds = plain.tokens_per_second, patched.tokens_per_second
-    ratio = f"{speeds[1] / speeds[0]:.2f}x" if speeds[0] else ""
-    table.add_row("decoding, tokens/s", *(f"{speed:.1f}" for speed in speeds), ratio)
-    seconds = plain.total_seconds, patched.total_seconds
-    ratio = f"{seconds[0] / seconds[1]:.2f}x"
-    table.add_row("total time, s", *(f"{second:.3f}" for second in seconds), ratio)
-    table.add_row("tokens", str(plain.tokens), str(patched.tokens))
-    rounds = figures["rounds"]
-    table.add_row("rounds", "", str(rounds))
-    accepted = f"{figures['accepted'] / rounds:.2f}" if rounds else "-"
-    table.add_row("accepted per round", "", accepted)
-    table.add_row("acceptance rate", "", f"{figures['acceptance_rate']:.1%}")
+    rivals = ("unpatched", "dense path")
+
+    def row(title: str, name: str, digits: int) -> None:
+        cells = (f"{_median(told[way], name):.{digits}f}" for way in (*rivals, "patched"))
+        table.add_row(title, *cells)
+
+    row("decoding, tokens/s", "tokens_per_second", 1)
+    ratios = (figures["over_unpatched"], figures["over_dense_path"])
+    table.add_row("patched is", *(f"{r:.2f}x" if r else "" for r in ratios), "")
+    row("total time, s", "total_seconds", 3)
+    row("tokens", "tokens", 0)
+    lengths = Counter(figures["draft_lengths"])
+    lengths[0] = figures["calls"]["dense"]
+    chosen = ", ".join(f"{g} ({lengths[g]}x)" for g in sorted(lengths) if lengths[g])
+    rows = {
+        "drafts a round": chosen or "-",
+        "tokens per dense pass": f"{figures['mean_accepted_length']:.2f}",
+        "acceptance rate": f"{figures['acceptance_rate']:.1%}" if figures["drafted"] else "-",
+    }
     if figures["attributes_right"] is not None:
-        table.add_row("attributes right", "", f"{figures['attributes_right']:.1%}")
-    identical = "[green]yes[/green]" if figures["identical"] else "[bold red]NO[/bold red]"
-    table.add_row("tokens identical", "", identical)
+        rows["attributes right"] = f"{figures['attributes_right']:.1%}"
+    rows["tokens identical"] = "[green]yes[/]" if figures["identical"] else "[bold red]NO[/]"
+    for title, value in rows.items():
+        table.add_row(title, "", "", value)
     return table
