@@ -25,14 +25,15 @@ LENGTHS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
 # a dense step, 0.5 to 0.95 of them accepted, 1% of a dense step for each token more to verify.
 COMPILED_LENGTHS = (2, 8)
 SUPPOSED = 0.8  # acceptance, before anything was drafted,
-SUPPOSED_DRAFTS = 3.0  # and how many drafts' worth that supposition is
-MEMORY = 0.93  # weight that is left to a round's drafts after one more round,
+SUPPOSED_DRAFTS = 6.0  # and how many drafts' worth that supposition is
+MEMORY = 0.96  # weight that is left to a round's drafts after one more round,
 STALE = 0.995  # and after a dense step: what is not seen is not known for long,
 FAINT = 1e-6  # drafts' worth, of which no more is forgotten
 SLOPE = 0.03  # of a dense step, for each more token to verify, before that is measured
 WORTH = 1.04  # drafting has to gain this much
 RISK = 0.02  # of the time so far may be lost by trying drafts out,
 ONE_ROUND = 2.0  # or this many dense steps' worth, of which no answer is spared
+CREDIT = 10.0  # dense steps' worth, of what drafts gained, that may be lost where the text changes
 FEW = 3  # dense steps that have to be timed before anything is compared with them,
 REFRESH = 48  # and rounds after which one is timed again
 PAUSE = 64  # dense steps between two trials at first; twice as many after each
@@ -312,7 +313,7 @@ class DraftLength:
             dense, took = median(times.dense), draft + rest
             if first_use:  # capturing is for later rounds too, so what it took is not held against
                 took = self._seconds([gamma])[0] if gamma else dense
-            self.behind += took / dense - tokens
+            self.behind = max(self.behind + took / dense - tokens, -CREDIT)
 
     def end(self) -> None:
         """Leave what was learnt of the acceptance to the next call."""
