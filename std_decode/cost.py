@@ -10,6 +10,7 @@ does without drafts where they lose. What a round drafts never changes the token
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,14 +25,15 @@ LENGTHS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
 # a dense step, 0.5 to 0.95 of them accepted, 1% of a dense step for each token more to verify.
 COMPILED_LENGTHS = (2, 8)
 SUPPOSED = 0.8  # acceptance, before anything was drafted,
-SUPPOSED_DRAFTS = 3.0  # and how many drafts' worth that supposition is
-MEMORY = 0.93  # weight that is left to a round's drafts after one more round,
+SUPPOSED_DRAFTS = 6.0  # and how many drafts' worth that supposition is
+MEMORY = 0.96  # weight that is left to a round's drafts after one more round,
 STALE = 0.995  # and after a dense step: what is not seen is not known for long,
 FAINT = 1e-6  # drafts' worth, of which no more is forgotten
 SLOPE = 0.03  # of a dense step, for each more token to verify, before that is measured
 WORTH = 1.04  # drafting has to gain this much
 RISK = 0.02  # of the time so far may be lost by trying drafts out,
 ONE_ROUND = 2.0  # or this many dense steps' worth, of which no answer is spared
+CREDIT = 10.0  # dense steps' worth, of what drafts gained, that may be lost where the text changes
 FEW = 3  # dense steps that have to be timed before anything is compared with them,
 REFRESH = 48  # and rounds after which one is timed again
 PAUSE = 64  # dense steps between two trials at first; twice as many after each
@@ -100,7 +102,10 @@ def expected_tokens(acceptance: float, gamma: int) -> float:
     Source: Leviathan et al., Fast Inference from Transformers via Speculative Decoding, 2023,
     equation 1.
     """
-    return sum(acceptance**drafts for drafts in range(gamma + 1))
+    if not 0 < acceptance < 1:
+        return gamma * acceptance + 1.0
+    # (1 - acceptance^(gamma + 1)) / (1 - acceptance), exact for acceptances close to 1 as well.
+    return -math.expm1((gamma + 1) * math.log(acceptance)) / (1 - acceptance)
 
 
 @dataclass
@@ -117,11 +122,16 @@ class Times:
     draft: deque[float] = field(default_factory=lambda: deque(maxlen=9))
     verify: dict[int, deque[float]] = field(default_factory=dict)
 
-    def verify_seconds(self, tokens: int) -> float:
-        """Measured, else by a line through the nearest two that are, else a guess."""
+    def verify_seconds(self, numbers: Sequence[int]) -> list[float]:
+        """Of rounds that verify so many tokens each."""
         dense = median(self.dense)
         # A copy: calls in other threads learn into the same.
         known = {count: median(seconds) for count, seconds in list(self.verify.items())}
+        return [self._verify_seconds(tokens, dense, known) for tokens in numbers]
+
+    @staticmethod
+    def _verify_seconds(tokens: int, dense: float, known: Mapping[int, float]) -> float:
+        """Measured, else by a line through the nearest two that are, else a guess."""
         if tokens in known:
             return known[tokens]
         near = sorted(known, key=lambda count: abs(count - tokens))[:2]
@@ -225,7 +235,8 @@ class DraftLength:
 
     def _best(self, rows: Sequence[int]) -> int:
         dense = median(self.times.dense)
-        cost = {g: self._seconds(g) / dense for g in self.policy.lengths}  # in dense steps
+        lengths = self.policy.lengths
+        cost = {g: s / dense for g, s in zip(lengths, self._seconds(lengths))}  # in dense steps
         worth = {g: self._tokens(g, rows) / cost[g] for g in cost}
         if self.length in worth:
             worth[self.length] *= WORTH  # do not waver
@@ -244,13 +255,14 @@ class DraftLength:
         self.trying = True
         return hopeful[-1]
 
-    def _seconds(self, gamma: int) -> float:
-        """Of a round."""
+    def _seconds(self, lengths: Sequence[int]) -> list[float]:
+        """Of rounds that draft so many tokens each."""
         times = self.times
         draft = self.draft_ratio * median(times.dense)
         if times.draft:
             draft = median(times.draft)
-        return gamma * draft + times.verify_seconds(gamma + 1)
+        verify = times.verify_seconds([gamma + 1 for gamma in lengths])
+        return [gamma * draft + seconds for gamma, seconds in zip(lengths, verify)]
 
     def _tokens(self, gamma: int, rows: Sequence[int]) -> float:
         """That a row may expect of a round, on average over `rows`."""
@@ -300,8 +312,8 @@ class DraftLength:
         if times.dense:
             dense, took = median(times.dense), draft + rest
             if first_use:  # capturing is for later rounds too, so what it took is not held against
-                took = self._seconds(gamma) if gamma else dense
-            self.behind += took / dense - tokens
+                took = self._seconds([gamma])[0] if gamma else dense
+            self.behind = max(self.behind + took / dense - tokens, -CREDIT)
 
     def end(self) -> None:
         """Leave what was learnt of the acceptance to the next call."""
