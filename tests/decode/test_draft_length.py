@@ -153,6 +153,28 @@ def test_no_choice_shows_in_the_tokens(make_case, every_length, mode, rows, do_s
     assert stats.mode == mode and len(set(stats.draft_lengths)) > 4
 
 
+@pytest.mark.parametrize("mode", ["ragged", "lockstep"])
+@pytest.mark.parametrize("do_sample", [False, True])
+def test_nor_do_random_choices_where_rows_end_apart(make_case, monkeypatch, mode, do_sample):
+    dice, chosen = random.Random(0), set()
+    watch = dict(logits_processor=[Watches()] if mode == "lockstep" else [])
+
+    def choose(self, rows):
+        gamma = self.settle(dice.choice((0, 1, 2, 4, max(LENGTHS))))
+        chosen.add(gamma)
+        return gamma
+
+    monkeypatch.setattr(DraftLength, "choose", choose)
+    for seed in range(4):
+        case = make_case("llama", seed, 3, eos=True, do_sample=do_sample, max_new_tokens=40)
+        expected = case.generate(**watch)
+        with std_decode.patched(case.model, top_k_keys=8):
+            got = case.generate(**watch)
+            assert std_decode.last_stats(case.model).mode == mode
+        case.assert_same_tokens(expected, got)
+    assert chosen == {0, 1, 2, 4, max(LENGTHS)}
+
+
 def test_each_length_is_captured_once(make_case, recording, every_length):
     """As many graphs live at a time as there are lengths to choose from."""
     case = make_case("llama", 1, max_new_tokens=120)

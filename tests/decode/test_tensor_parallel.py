@@ -71,6 +71,33 @@ PAIRS = """
 """
 
 
+# Drafts take little of a dense step on the first of two, and more than one on the other.
+TIMES = """
+    import json, os, sys
+    import torch
+    import torch.distributed as dist
+    from types import SimpleNamespace
+    from std_decode.cost import Policy, Workload
+    from std_decode.ranks import lead
+
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
+    model = SimpleNamespace(_tp_size=2, device=torch.device("cpu"))
+    workload = Workload(1.0, 0, 0, batch=1, context=1000, draft_keys=0, draft_weight_bytes=0.1)
+    told = {}
+    for name, settle in (("alone", lambda choice: choice), ("shared", lead(model))):
+        length, told[name] = Policy().begin(workload, 1, settle), []
+        for _ in range(60):
+            gamma = length.choose([0])
+            told[name].append(gamma)
+            length.observe(gamma, {0: gamma}, gamma * (0.1 + 1.1 * rank), 1.0, gamma + 1)
+    with open(f"{sys.argv[1]}/{rank}.json", "w") as file:
+        json.dump(told, file)
+    dist.barrier()
+    os._exit(0)
+"""
+
+
 def run(script, processes, folder):
     """What each of the processes has found."""
     path = folder / "share.py"
@@ -111,3 +138,10 @@ def test_ranks_choose_as_the_first_that_shares_their_model(tmp_path):
     ranks = run(PAIRS, 4, tmp_path)
     assert [rank["pair tp"] for rank in ranks] == [[0, 1, 2], [0, 1, 2], [20, 21], [20, 21]]
     assert [rank["tp"] for rank in ranks] == [[0, 1]] * 4
+
+
+def test_ranks_that_measure_other_times_draft_alike(tmp_path):
+    first, second = run(TIMES, 2, tmp_path)
+    assert first["alone"] != second["alone"]
+    assert first["shared"] == second["shared"] == first["alone"]
+    assert max(first["shared"]) > 4
