@@ -31,11 +31,14 @@ STALE = 0.995  # and after a dense step: what is not seen is not known for long,
 FAINT = 1e-6  # drafts' worth, of which no more is forgotten
 SLOPE = 0.03  # of a dense step, for each more token to verify, before that is measured
 WORTH = 1.04  # drafting has to gain this much
+HOPED = 0.95  # acceptance at which it would have to, for a trial,
 RISK = 0.02  # of the time so far may be lost by trying drafts out,
 ONE_ROUND = 2.0  # or this many dense steps' worth, of which no answer is spared
 CREDIT = 10.0  # dense steps' worth, of what drafts gained, that may be lost where the text changes
 FEW = 3  # dense steps that have to be timed before anything is compared with them,
 REFRESH = 48  # and rounds after which one is timed again
+LOOK = 8  # dense steps from one weighing up to the next, while it comes to no drafts
+FIRST = 16  # tokens before the first trial: right after a prompt all steps are slow
 PAUSE = 64  # dense steps between two trials at first; twice as many after each
 
 
@@ -224,14 +227,20 @@ class DraftLength:
         self.since_dense = 0  # rounds
         self.steps = 0.0  # tokens a row has got,
         self.behind = 0.0  # and dense steps' worth of time that this took more than dense steps
-        self.next_trial, self.pause = 0.0, float(PAUSE)
+        self.next_trial, self.pause = float(FIRST), float(PAUSE)
         self.trying = False
+        self.next_look = 0.0
 
     def choose(self, rows: Sequence[int]) -> int:
         """Tokens to draft in the next round; `rows` are those that still need tokens."""
         self.trying = False
         measure = len(self.times.dense) < FEW or self.since_dense >= REFRESH
-        return self.settle(0 if measure else self._best(rows))
+        if measure or self.steps < self.next_look:
+            return self.settle(0)
+        best = self._best(rows)
+        if best == 0:  # little is learnt from a dense step, and to weigh up takes time
+            self.next_look = self.steps + LOOK
+        return self.settle(best)
 
     def _best(self, rows: Sequence[int]) -> int:
         dense = median(self.times.dense)
@@ -244,11 +253,14 @@ class DraftLength:
         allowed = max(RISK * self.steps, ONE_ROUND)
         if worth[best] > WORTH and self.behind < allowed:
             return best
-        # Try again where it could pay if every draft agreed, and costs little if none does.
+        # Try again where it could pay if every draft agreed (nearly every one, where the time of a
+        # draft is known), and costs little if none does.
+        hoped = HOPED if self.times.draft else 1.0
         hopeful = [
             gamma
             for gamma in cost
-            if (gamma + 1) / cost[gamma] > WORTH and self.behind + cost[gamma] - 1 < allowed
+            if expected_tokens(hoped, gamma) / cost[gamma] > WORTH
+            and self.behind + cost[gamma] - 1 < allowed
         ]
         if self.steps < self.next_trial or not hopeful:
             return 0
