@@ -142,7 +142,8 @@ def verify_attention_with_scores(
 
     Note:
         As `verify_attention`, plus the scores: the Triton path takes them from the same pass over
-        the keys; the CPU path reads the keys a second time, in chunks of about 2^20 logits.
+        the keys; so does the CPU path over many keys in float32, and else it reads the keys a
+        second time.
     """
     op = "verify_attention_with_scores"
     scale = _check(op, query, key, value, kv_len, kv_start, window, scale, softcap, sinks)
