@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Live at a time, of one engine: draft, dense step, and a verification for each of cost.LENGTHS,
+# Live at a time, of one engine: draft, dense step, and a verification for each of policy.LENGTHS,
 # with some room for variants. A graph that is dropped too early is captured again and again.
 MOST_GRAPHS = 16
 

@@ -19,7 +19,8 @@ from transformers import (
 
 from std_decode import draft_weights as weights
 from std_decode.cache import CACHE, SparseToDenseCache
-from std_decode.cost import COMPILED_LENGTHS, LENGTHS, FixedLength, Policy, Workload
+from std_decode.cost import Workload
+from std_decode.policy import COMPILED_LENGTHS, LENGTHS, FixedLength, Policy
 from std_decode.eligibility import attention_layers
 from std_decode.generation import sample
 from std_decode.loop import Decoding

@@ -2,14 +2,16 @@
 
 import random
 import threading
+from collections import deque
 
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
 
 import std_decode
-from std_decode import cost, engine, graphs
-from std_decode.cost import COMPILED_LENGTHS, FEW, LENGTHS, DraftLength, Policy, Workload
+from std_decode import engine, graphs, policy as policies
+from std_decode.cost import Workload, expected_tokens
+from std_decode.policy import COMPILED_LENGTHS, FEW, LENGTHS, DraftLength, Policy
 from tests.decode.observers import Watches
 
 WORKLOAD = Workload(
@@ -51,7 +53,10 @@ def best(draft, acceptance, more=0.01):
     """Seconds a token of the best draft length there is."""
     return min(
         [1.0]
-        + [(g * draft + 1 + more * g) / cost.expected_tokens(acceptance, g) for g in range(1, 33)]
+        + [
+            (g * draft + 1 + more * g) / expected_tokens(acceptance, g)
+            for g in range(1, 33)
+        ]
     )
 
 
@@ -64,7 +69,7 @@ def test_it_comes_close_to_the_best_length_there_is(draft, acceptance, first_use
     seconds, chosen = Machine(draft, first_use=first_use).run(length, acceptance, 3000)
     assert chosen[:FEW] == [0] * FEW
     ideal = 3000 * best(draft, acceptance)
-    assert seconds < (1.1 * ideal if ideal < 2100 else 3000 * (1 + cost.RISK))
+    assert seconds < (1.1 * ideal if ideal < 2100 else 3000 * (1 + policies.RISK))
 
 
 def test_it_follows_a_text_that_changes():
@@ -79,7 +84,7 @@ def test_it_follows_a_text_that_changes():
 def test_where_nothing_pays_little_is_lost():
     length = Policy().begin(WORKLOAD, 1)
     seconds, chosen = Machine(1.2).run(length, 0.5, 20_000)
-    assert seconds <= 20_000 * (1 + cost.RISK) and chosen.count(0) > 0.98 * len(chosen)
+    assert seconds <= 20_000 * (1 + policies.RISK) and chosen.count(0) > 0.98 * len(chosen)
 
 
 def test_the_next_call_begins_with_what_was_learnt():
@@ -97,11 +102,11 @@ def test_a_very_long_dense_text_does_not_wear_out_what_is_known():
     for _ in range(200_000):  # without a trial, as where no draft length could ever pay
         length.observe(0, {}, 0.0, 1.0, 1.0)
     length.end()
-    assert policy.acceptance == pytest.approx(cost.SUPPOSED)
+    assert policy.acceptance == pytest.approx(policies.SUPPOSED)
 
 
 def test_other_threads_may_learn_meanwhile():
-    times = cost.Times()
+    times = policies.Times()
     times.dense.append(1.0)
     stop = threading.Event()
 
@@ -109,7 +114,7 @@ def test_other_threads_may_learn_meanwhile():
         while not stop.is_set():
             times.verify.clear()
             for tokens in range(2, 40):
-                times.verify[tokens] = cost.deque([1.0])
+                times.verify[tokens] = deque([1.0])
 
     other = threading.Thread(target=learn)
     other.start()

@@ -18,7 +18,7 @@ SCRIPT = """
     import torch.distributed as dist
     from transformers import LlamaForCausalLM
     import std_decode
-    from std_decode.cost import DraftLength
+    from std_decode.policy import DraftLength
 
     folder = sys.argv[1]
     dist.init_process_group("gloo")
@@ -77,7 +77,8 @@ TIMES = """
     import torch
     import torch.distributed as dist
     from types import SimpleNamespace
-    from std_decode.cost import Policy, Workload
+    from std_decode.cost import Workload
+    from std_decode.policy import Policy
     from std_decode.ranks import lead
 
     dist.init_process_group("gloo")
