@@ -16,9 +16,11 @@ import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from einops import repeat
 
 from std_decode.demo import camera
 from std_decode.demo.model import (
@@ -30,6 +32,10 @@ from std_decode.demo.model import (
     patchify,
     prompt,
 )
+
+
+if TYPE_CHECKING:
+    from transformers import Qwen2VLForConditionalGeneration
 
 
 @dataclass(frozen=True)
@@ -152,6 +158,19 @@ def training_batch(model, tokenizer, stage: Stage, rng: np.random.Generator) -> 
     return batch
 
 
+def widened(model: Qwen2VLForConditionalGeneration) -> Qwen2VLForConditionalGeneration:
+    """The same function with the KV heads of `new_model`: copies of `model`'s, until trained."""
+    text = model.config.text_config
+    wide, state = new_model(), model.state_dict()
+    copies = wide.config.text_config.num_key_value_heads // text.num_key_value_heads
+    width = text.hidden_size // text.num_attention_heads
+    for name, weight in state.items():
+        if "language_model" in name and ("k_proj" in name or "v_proj" in name):
+            state[name] = repeat(weight, "(h d) ... -> (h g d) ...", g=copies, d=width)
+    wide.load_state_dict(state)
+    return wide
+
+
 @torch.no_grad()
 def narrated_right(model, tokenizer, seconds: int, clips: int, seed: int, events: int = 8):
     """Share of colours and patterns narrated right, greedily, over `clips` unseen clips."""
@@ -197,7 +216,7 @@ def train(
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
     tokenizer = new_tokenizer()
-    model = (new_model() if start is None else load_model(start)).train()
+    model = (new_model() if start is None else widened(load_model(start))).train()
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.01)
     done, total = 0, sum(stage.updates for stage in stages)
     if state_file.exists():
@@ -269,7 +288,8 @@ def main(argv: list[str] | None = None) -> None:
         "--start",
         type=Path,
         metavar="FOLDER",
-        help="begin with the model in this folder, and train on the last of the stages alone",
+        help="begin with the model in this folder, its KV heads copied where there are fewer, and "
+        "train on the last of the stages alone",
     )
     add("--export", action="store_true", help="write the state's model, train nothing")
     options = parser.parse_args(argv)

@@ -22,7 +22,7 @@ def test_counts_and_bytes_from_end_to_end(tmp_path, capsys):
         assert row[7].strip() == "0"
     # With every key a draft by its own weights is always right.
     assert rows[1][3].strip().startswith("100.0%") and rows[3][3].strip().startswith("100.0%")
-    assert "| a draft reads | 1,207,808 | 1,207,808 |" in text
+    assert "| a draft reads | 1,422,848 | 1,422,848 |" in text
     assert "acceptance --top-k-keys 8 64 --seconds 16 --clips 2 --out bench/results" in text
     assert "a draft reads" in capsys.readouterr().out
 

@@ -52,11 +52,7 @@ class Machine:
 def best(draft, acceptance, more=0.01):
     """Seconds a token of the best draft length there is."""
     return min(
-        [1.0]
-        + [
-            (g * draft + 1 + more * g) / expected_tokens(acceptance, g)
-            for g in range(1, 33)
-        ]
+        [1.0] + [(g * draft + 1 + more * g) / expected_tokens(acceptance, g) for g in range(1, 33)]
     )
 
 
