@@ -43,7 +43,7 @@ def visual(monkeypatch):
 @pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_same_tokens_as_unpatched(make, visual, family, rows, seed):
-    """One prompt, and a left-padded batch, its rows' videos of different lengths where they can."""
+    """One prompt, and a left-padded batch."""
     case = make(family, seed, rows)
     ids = case.inputs["input_ids"]
     pixels = (ids == VIDEO) | (ids == IMAGE)
@@ -72,7 +72,7 @@ def test_pixels_count(make, family):
     case = make(family)
     options = dict(output_logits=True, return_dict_in_generate=True, max_new_tokens=1)
     plain = case.generate(**options).logits[0]
-    names = [name for name in case.inputs if name.startswith("pixel_values")]
+    names = [name for name in case.inputs if "pixel_values" in name]
     assert names
     for name in names:
         case.inputs[name] = torch.randn_like(case.inputs[name])

@@ -3,7 +3,15 @@
 ``python -m tests.decode.families`` prints them as the table in README.
 """
 
-from tests.decode.families import frames, grids, text  # noqa: F401  (each enters its own)
+# Each enters its own models into the list.
+from tests.decode.families import (  # noqa: F401
+    frames,
+    grids,
+    grids_more,
+    images,
+    patches,
+    text,
+)
 from tests.decode.families.base import (
     FAMILIES,
     IMAGE,

@@ -14,7 +14,7 @@ SEES = {
 
 
 def table() -> str:
-    """Markdown, one line a family: those that see videos first, each kind in the order of files."""
+    """Markdown, a line for each family: those that see videos first."""
     lines = ["| family | shown | beyond plain attention | transformers |", "|---|---|---|---|"]
     for kind, shown in SEES.items():
         for family in FAMILIES.values():
