@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from std_decode.attention import Pass, Phase, attention_of, compiled_for
+from std_decode.attention import Pass, Phase, attention_of, compiled_for, uncompiled
 from std_decode.cache import CACHE, BufferLayer, SparseToDenseCache
 from std_decode.graphs import Graphs
 from std_decode.selection import Selection
@@ -286,7 +286,8 @@ class Engine:
         inputs = {**inputs, CACHE: self.cache, "use_cache": True, "return_dict": True}
         with attention_of(self.config, running):
             if self.compiled is None or running.phase == "prefill":
-                return self.forward(**inputs)
+                with uncompiled():
+                    return self.forward(**inputs)
             limit = torch._dynamo.config.patch(recompile_limit=MOST_COMPILED)
             with compiled_for(running), limit:
                 return self.compiled(**inputs)

@@ -10,7 +10,7 @@ import std_decode
 from std_decode import engine, graphs, pool
 from tests.decode.families import FAMILIES
 
-# Each layer is compiled, which takes seconds: one of each kind of attention and of positions.
+# Where each layer is compiled, which takes seconds: one of each kind of attention and positions.
 COMPILED = (
     "qwen2_vl",
     "llava_onevision",
@@ -33,7 +33,10 @@ def uncaptured(monkeypatch):
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family",
+    [pytest.param(f, marks=[] if f in COMPILED else pytest.mark.slow) for f in FAMILIES],
+)
 def test_no_pass_reads_a_value_or_depends_on_one(make_case, uncaptured, monkeypatch, family):
     """Where a capture would be, the pass first runs on tensors that have shapes and no values."""
     shapes = []
