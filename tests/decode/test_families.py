@@ -39,23 +39,30 @@ def visual(monkeypatch):
     return seen
 
 
+def tokens(result):
+    return result if isinstance(result, torch.Tensor) else result.sequences
+
+
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_same_tokens_as_unpatched(make, visual, family, rows, seed):
-    """One prompt, and a left-padded batch."""
+    """One prompt, sampled in lockstep, and a left-padded batch whose rows go on by themselves."""
     case = make(family, seed, rows)
     ids = case.inputs["input_ids"]
     pixels = (ids == VIDEO) | (ids == IMAGE)
     assert pixels.any(1).all() == (family in SEEING)
     ties, drafted, accepted = set(), 0, 0
     for do_sample in (False, True):
-        expected = case.generate(do_sample=do_sample)
+        mode = "lockstep" if do_sample and rows == 1 else "ragged"
+        scores = dict(return_dict_in_generate=True, output_scores=True)
+        options = dict(do_sample=do_sample, **(scores if mode == "lockstep" else {}))
+        expected = tokens(case.generate(**options))
         for top_k_keys in (4,) if do_sample else (4, EVERY_KEY):
             with std_decode.patched(case.model, draft_length=4, top_k_keys=top_k_keys):
-                got = case.generate(do_sample=do_sample)
+                got = tokens(case.generate(**options))
                 stats = std_decode.last_stats(case.model)
-            assert stats.fallback is None and stats.mode == "ragged" and stats.rounds > 0
+            assert stats.fallback is None and stats.mode == mode and stats.rounds > 0
             ties |= case.assert_same_tokens(expected, got, do_sample=do_sample)
             if top_k_keys == EVERY_KEY:  # then the sparse path is the dense one
                 assert stats.accepted == stats.drafted > 0

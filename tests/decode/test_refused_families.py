@@ -1,8 +1,10 @@
 """Families of models that see, and that patch refuses: by name, and saying why.
 
 On the meta device, of default configurations with fewer layers: what is in their way shows before
-any weight is read. `test_eligibility.py` has those where it takes a trial.
+any weight is read. Where it takes a trial, the model is a tiny one.
 """
+
+import re
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ import transformers
 from packaging.version import Version
 
 import std_decode
+from tests.decode.families import TEXT
 
 CODER = "is an encoder-decoder model"
 BACKEND = "does not take custom attention functions"
@@ -85,4 +88,84 @@ def test_refused_by_name(name):
     with pytest.raises(NotImplementedError, match="supported are") as raised:
         std_decode.patch(model)
     assert f"patch: {name} " in str(raised.value) and words in str(raised.value)
+    assert not std_decode.is_patched(model)
+
+
+def gemma4():
+    config = transformers.Gemma4Config(
+        text_config=dict(
+            **TEXT,
+            head_dim=16,  # of the windows; the other layers have 512 by default
+            sliding_window=24,
+            layer_types=["sliding_attention", "sliding_attention", "full_attention"],
+            hidden_size_per_layer_input=0,
+        ),
+        vision_config=dict(
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            head_dim=16,
+        ),
+        audio_config=None,
+    )
+    return transformers.Gemma4ForConditionalGeneration(config)
+
+
+def kimi():
+    config = transformers.Kimi_K25Config(
+        text_config=dict(
+            TEXT,
+            model_type="deepseek_v3",
+            num_key_value_heads=4,
+            moe_intermediate_size=16,
+            n_routed_experts=4,
+            num_experts_per_tok=2,
+            n_group=1,
+            topk_group=1,
+            kv_lora_rank=16,
+            q_lora_rank=16,
+            qk_rope_head_dim=8,
+            qk_nope_head_dim=16,
+            v_head_dim=8,
+        ),
+        vision_config=dict(
+            hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2
+        ),
+        projection_hidden_size=32,
+    )
+    return transformers.Kimi_K25ForConditionalGeneration(config)
+
+
+def minimax_m3():
+    config = transformers.MiniMaxM3VLConfig(
+        text_config=dict(
+            TEXT,
+            head_dim=16,
+            rotary_dim=8,
+            num_local_experts=4,
+            num_experts_per_tok=2,
+            layer_types=["full_attention", "minimax_m3_sparse", "minimax_m3_sparse"],
+        ),
+        vision_config=dict(
+            hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2
+        ),
+        projector_hidden_size=64,
+    )
+    return transformers.MiniMaxM3SparseForConditionalGeneration(config)
+
+
+TRIED = {
+    gemma4: "expected a head dim",
+    kimi: "caches keys of shape",
+    minimax_m3: "layers of type minimax_m3_sparse",
+}
+
+
+@pytest.mark.parametrize("make", TRIED, ids=lambda make: make.__name__)
+def test_refused_after_a_trial(make):
+    model = make().eval()
+    with pytest.raises(NotImplementedError, match="supported are") as raised:
+        std_decode.patch(model)
+    assert type(model).__name__ in str(raised.value) and re.search(TRIED[make], str(raised.value))
     assert not std_decode.is_patched(model)

@@ -9,7 +9,6 @@ from tests.decode.families import (  # noqa: F401
     grids,
     grids_more,
     images,
-    patches,
     text,
 )
 from tests.decode.families.base import (

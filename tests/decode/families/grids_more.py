@@ -304,61 +304,48 @@ def cosmos3_omni(rows: int) -> tuple[Any, dict[str, Tensor]]:
     return Cosmos3OmniForConditionalGeneration(config), qwen_inputs(rows, between=2)
 
 
-@family("MiniMax-M3", "video", "experts")
-def minimax_m3(rows: int) -> tuple[Any, dict[str, Tensor]]:
-    from transformers import MiniMaxM3VLConfig, MiniMaxM3SparseForConditionalGeneration
-
-    config = MiniMaxM3VLConfig(
-        text_config={
-            **TEXT,
-            "head_dim": 16,
-            "rotary_dim": 8,
-            "num_local_experts": 4,
-            "num_experts_per_tok": 2,
-            "dense_intermediate_size": 64,
-            "shared_intermediate_size": 32,
-        },
-        vision_config=dict(
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            image_size=32,
-            patch_size=4,
-            temporal_patch_size=2,
-            spatial_merge_size=2,
-        ),
-        projector_hidden_size=64,
-        image_token_index=IMAGE,
-        video_token_index=VIDEO,
-    )
-    return MiniMaxM3SparseForConditionalGeneration(config), untyped_inputs(rows)
+MUSE = dict(
+    patch_size=4,
+    pos_emb_height=8,
+    pos_emb_width=8,
+    num_attention_heads=2,
+    num_hidden_layers=2,
+    hidden_size=32,
+    intermediate_size=64,
+    max_position_embeddings=64,
+)
 
 
-@family("Muse Glimmer", "video", "sliding windows, head norms")
-def muse_glimmer(rows: int) -> tuple[Any, dict[str, Tensor]]:
-    from transformers import MuseGlimmerConfig, MuseGlimmerForConditionalGeneration
+def muse(name: str, parts: dict[str, Any] | None = None, **text: Any) -> Any:
+    import transformers
 
-    config = MuseGlimmerConfig(
+    config = getattr(transformers, name + "Config")(
         text_config={
             **TEXT,
             "head_dim": 16,
             "sliding_window": 24,
             "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+            **text,
         },
-        vision_config=dict(
-            patch_size=4,
-            pos_emb_height=8,
-            pos_emb_width=8,
-            num_attention_heads=2,
-            num_hidden_layers=2,
-            hidden_size=32,
-            intermediate_size=64,
-            max_position_embeddings=64,
-        ),
+        vision_config=dict(MUSE),
         image_token_id=IMAGE,
         video_token_id=VIDEO,
         out_hidden_size=4 * 32,
         projector_hidden_size=64,
+        **(parts or {}),
     )
-    return MuseGlimmerForConditionalGeneration(config), untyped_inputs(rows)
+    return getattr(transformers, name + "ForConditionalGeneration")(config)
+
+
+@family("Muse Glimmer", "video", "sliding windows, head norms")
+def muse_glimmer(rows: int) -> tuple[Any, dict[str, Tensor]]:
+    return muse("MuseGlimmer"), untyped_inputs(rows)
+
+
+@family("Muse Spark", "video", "sliding windows, head norms, experts", since="5.24")
+def muse_spark(rows: int) -> tuple[Any, dict[str, Tensor]]:
+    experts = dict(
+        moe_intermediate_size=32, moe_hidden_size=64, num_local_experts=4, num_experts_per_tok=2
+    )
+    config = dict(audio_config=dict(out_hidden_size=64, hidden_sizes=[16, 16, 16, 16]))
+    return muse("MuseSpark", config, **experts), untyped_inputs(rows)

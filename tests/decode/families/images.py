@@ -1,4 +1,4 @@
-"""Models made for images, which a video is shown to as frames."""
+"""Models made for images, which a video is shown to as frames, and Molmo 2, which is like them."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def vipllava(rows: int) -> tuple[Any, dict[str, Tensor]]:
     return VipLlavaForConditionalGeneration(config), shown(rows, 64, frames=2)
 
 
-@family("Idefics 2", "images")
+@family("Idefics 2", "images", "configured without a sliding window")
 def idefics2(rows: int) -> tuple[Any, dict[str, Tensor]]:
     from transformers import Idefics2Config, Idefics2ForConditionalGeneration
 
@@ -283,7 +283,7 @@ def chameleon(rows: int) -> tuple[Any, dict[str, Tensor]]:
     return ChameleonForConditionalGeneration(config), shown(rows, 256, frames=1)
 
 
-@family("Phi-4 multimodal", "images")
+@family("Phi-4 multimodal", "images", "configured without a sliding window")
 def phi4_multimodal(rows: int) -> tuple[Any, dict[str, Tensor]]:
     from transformers import Phi4MultimodalConfig, Phi4MultimodalForCausalLM
 
@@ -317,3 +317,41 @@ def phi4_multimodal(rows: int) -> tuple[Any, dict[str, Tensor]]:
     inputs["image_sizes"] = torch.tensor([[32, 32]] * rows)
     inputs["image_attention_mask"] = torch.ones(rows, 2, 8, 8)
     return Phi4MultimodalForCausalLM(config), inputs
+
+
+@family("Molmo 2", "video", "head norms; a video's tokens see one another", since="5.24")
+def molmo2(rows: int) -> tuple[Any, dict[str, Tensor]]:
+    from transformers import Molmo2Config, Molmo2ForConditionalGeneration
+
+    vision = dict(
+        hidden_size=32,
+        intermediate_size=64,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=16,
+    )
+    config = Molmo2Config(
+        text_config={**TEXT, "head_dim": 16, "additional_vocab_size": 8},
+        vision_config={
+            **vision,
+            "num_hidden_layers": 2,
+            "image_size": [32, 32],
+            "patch_size": 4,
+            "num_position_embeddings": 64,
+            "initializer_range": 0.2,
+        },
+        adapter_config={
+            **vision,
+            "vision_feature_layer": [-1, -2],
+            "text_hidden_size": 64,
+            "initializer_range": 0.2,
+        },
+        image_patch_id=IMAGE,
+    )
+    inputs = frame_inputs(rows)
+    inputs["mm_token_type_ids"] = (inputs["input_ids"] == IMAGE).int()
+    inputs["pixel_values_videos"] = torch.randn(rows * 4, 64, 3 * 16)
+    patches = torch.arange(rows * 4 * 64).view(-1, 4, 2, 4, 2)  # two by two to a token
+    inputs["video_token_pooling"] = patches.transpose(2, 3).reshape(-1, 4)
+    inputs["video_grids"] = torch.tensor([[4, 4, 4]] * rows)
+    return Molmo2ForConditionalGeneration(config), inputs

@@ -68,7 +68,7 @@ def gpt_oss(rows: int) -> tuple[Any, dict[str, Tensor]]:
     return GptOssForCausalLM(config), padded([words(90 - 7 * row) for row in range(rows)])
 
 
-@family("Mistral", "text")
+@family("Mistral", "text", "configured without a sliding window, as from v0.2 on")
 def mistral(rows: int) -> tuple[Any, dict[str, Tensor]]:
     from transformers import MistralConfig, MistralForCausalLM
 
