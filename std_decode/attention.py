@@ -67,6 +67,8 @@ _compiled: list[Pass | None] = [None]  # the pass that compiled code runs for
 _compiled_lock = threading.RLock()
 _switch_lock = threading.Lock()
 _switched: dict[int, tuple[int, str]] = {}  # id(config) -> passes under way, name replaced
+_eager_passes = 0  # under way in `uncompiled`
+_stance: Any = None  # what ends it
 
 
 @contextmanager
@@ -112,6 +114,30 @@ def compiled_for(running: Pass) -> Iterator[None]:
             yield
         finally:
             _compiled[0] = None
+
+
+@contextmanager
+def uncompiled() -> Iterator[None]:
+    """Run the pass inside as it is, whatever parts of the model the user had compiled.
+
+    Compiled code would run for the pass it was compiled for, and a new length every step would
+    have it compiled anew. For all threads, until the last one is through.
+    """
+    global _eager_passes, _stance
+    if "torch._dynamo" not in sys.modules:  # nothing is compiled, and importing it takes seconds
+        yield
+        return
+    with _switch_lock:
+        if _eager_passes == 0:
+            _stance = torch.compiler.set_stance("force_eager")
+        _eager_passes += 1
+    try:
+        yield
+    finally:
+        with _switch_lock:
+            _eager_passes -= 1
+            if _eager_passes == 0:
+                _stance.__exit__(None, None, None)
 
 
 def running_pass() -> Pass | None:

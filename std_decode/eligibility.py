@@ -25,6 +25,7 @@ from transformers.generation.stopping_criteria import (
     StopStringCriteria,
 )
 
+from std_decode.attention import uncompiled
 from std_decode.cache import CACHE, BufferLayer, SparseToDenseCache
 from std_decode.engine import Engine
 from std_decode.sampling import STATELESS
@@ -58,16 +59,25 @@ def attention_layers(model: PreTrainedModel) -> dict[int, nn.Module]:
     name = type(model).__name__
     if model.config.is_encoder_decoder:
         raise NotImplementedError(f"patch: {name} is an encoder-decoder model; {SUPPORTED}")
+    inner = _generates_with(model)
+    if inner is not None:
+        raise NotImplementedError(
+            f"patch: {name} has a generate() of its own that runs the one of its {inner}, "
+            f"expected transformers' generate(); patch model.{inner} instead, or: {SUPPORTED}"
+        )
     decoder = model.get_decoder()
     config = decoder.config
+    types = set(getattr(config, "layer_types", None) or ()) - _LAYER_TYPES
+    if types:
+        kinds = ", ".join(sorted(types))
+        raise NotImplementedError(f"patch: {name} has layers of type {kinds}; {SUPPORTED}")
     if not model._supports_attention_backend:
         raise NotImplementedError(
             f"patch: {name} does not take custom attention functions "
             f"(_supports_attention_backend is False); {SUPPORTED}"
         )
-    types = set(getattr(config, "layer_types", None) or ()) - _LAYER_TYPES
     cache_layers = DynamicCache(config=config).layers
-    types |= {type(layer).__name__ for layer in cache_layers} - {t.__name__ for t in _LAYERS}
+    types = {type(layer).__name__ for layer in cache_layers} - {t.__name__ for t in _LAYERS}
     if types or getattr(config, "attention_chunk_size", None) is not None:
         kinds = ", ".join(sorted(types)) or "chunked attention"
         raise NotImplementedError(f"patch: {name} has layers of type {kinds}; {SUPPORTED}")
@@ -80,6 +90,11 @@ def attention_layers(model: PreTrainedModel) -> dict[int, nn.Module]:
         raise NotImplementedError(
             f"patch: {name} has sliding-window layers only, so a draft would read as much as "
             f"dense decoding does; {SUPPORTED}"
+        )
+    if _makes_its_own_positions(model):
+        raise NotImplementedError(
+            f"patch: {name} numbers its tokens itself (its prepare_inputs_for_generation drops "
+            f"position_ids), expected generate's position_ids to be taken; {SUPPORTED}"
         )
     found = [
         module
@@ -98,6 +113,28 @@ def attention_layers(model: PreTrainedModel) -> dict[int, nn.Module]:
     return layers
 
 
+def _generates_with(model: PreTrainedModel) -> str | None:
+    """The part of `model` that generates in its place, as BLIP's language models do."""
+    if type(model).generate is GenerationMixin.generate:
+        return None
+    parts = (name for name, part in model.named_modules() if isinstance(part, GenerationMixin))
+    return next((name for name in parts if name), None)
+
+
+def _makes_its_own_positions(model: PreTrainedModel) -> bool:
+    """Whether the position ids that generate keeps do not reach the model's passes."""
+    ids = torch.zeros(1, 2, dtype=torch.int64, device=_input_device(model))
+    kwargs = {
+        "position_ids": torch.arange(2, device=ids.device)[None],
+        "attention_mask": torch.ones_like(ids),
+        "use_cache": True,
+        CACHE: DynamicCache(config=model.get_decoder().config),
+    }
+    prepare = type(model).prepare_inputs_for_generation  # PEFT may have replaced the instance's
+    prepared = prepare(model, ids, next_sequence_length=1, **kwargs)
+    return prepared.get("position_ids") is None
+
+
 @torch.no_grad()
 def _probe(model: PreTrainedModel, decoder: nn.Module, layers: dict[int, nn.Module]) -> None:
     """Run a few tokens through a round of ours and through the model as it is, and compare.
@@ -111,7 +148,8 @@ def _probe(model: PreTrainedModel, decoder: nn.Module, layers: dict[int, nn.Modu
     positions = torch.arange(9, device=device)[None]
     plain = DynamicCache(config=decoder.config)
     inputs = {"input_ids": ids, "position_ids": positions, CACHE: plain, "use_cache": True}
-    expected = decoder(**inputs).last_hidden_state
+    with uncompiled():
+        expected = decoder(**inputs).last_hidden_state
     for layer in plain.layers:
         keys, values = tuple(layer.keys.shape), tuple(layer.values.shape)
         if keys != values:
@@ -196,7 +234,8 @@ def fallback_reason(
         "prefill is chunked": config.prefill_chunk_size is not None,
         "the model is the assistant of another": config.is_assistant,
         "generate is synchronised across GPUs (FSDP or DeepSpeed)": synced_gpus,
-        "the prompt is given as inputs_embeds": input_ids.shape[1] == 0,
+        "the prompt is given as inputs_embeds": input_ids.shape[1] == 0
+        or kwargs.get("inputs_embeds") is not None,
         "generate made no position_ids": kwargs.get("position_ids") is None,
         # PEFT does it for prefix tuning, prompt tuning and their kin, which put keys of their own
         # before the prompt's.

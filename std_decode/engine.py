@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from std_decode.attention import Pass, Phase, attention_of, compiled_for
+from std_decode.attention import Pass, Phase, attention_of, compiled_for, uncompiled
 from std_decode.cache import CACHE, BufferLayer, SparseToDenseCache
 from std_decode.graphs import Graphs
 from std_decode.selection import Selection
@@ -27,6 +27,12 @@ _OWN_INPUTS = {
     "input_ids", "position_ids", "attention_mask", CACHE, "logits_to_keep",
     "token_type_ids", "mm_token_type_ids", "cache_position", "return_dict",
 }  # fmt: skip
+# What generate hands to every pass of Phi-4 multimodal, but only the prompt's has a place for:
+# where a draft is the token that stands for an image, its forward would look for the image.
+_PROMPT_INPUTS = {
+    "image_pixel_values", "image_attention_mask",
+    "audio_input_features", "audio_embed_sizes", "audio_attention_mask",
+}  # fmt: skip
 
 
 # Where a dense step's attention in the ops begins to take less time than in PyTorch's: one row, 8
@@ -36,7 +42,8 @@ FEW_KEYS = 4096
 
 def shared_inputs(inputs: dict[str, Any]) -> dict[str, Any]:
     """Those of a decoding step's model inputs that every pass takes as they are."""
-    return {name: value for name, value in inputs.items() if name not in _OWN_INPUTS}
+    own = _OWN_INPUTS | _PROMPT_INPUTS
+    return {name: value for name, value in inputs.items() if name not in own}
 
 
 def compile_pass(forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -279,7 +286,8 @@ class Engine:
         inputs = {**inputs, CACHE: self.cache, "use_cache": True, "return_dict": True}
         with attention_of(self.config, running):
             if self.compiled is None or running.phase == "prefill":
-                return self.forward(**inputs)
+                with uncompiled():
+                    return self.forward(**inputs)
             limit = torch._dynamo.config.patch(recompile_limit=MOST_COMPILED)
             with compiled_for(running), limit:
                 return self.compiled(**inputs)

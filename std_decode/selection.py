@@ -93,7 +93,9 @@ def visual_tokens(
     if visual_token_ids is None:
         if mm_token_type_ids is not None and mm_token_type_ids.shape == input_ids.shape:
             return (mm_token_type_ids > 0).to(input_ids.device)
-        ids = [getattr(config, name, None) for name in _VISUAL_IDS]
+        # Phi-4 has them in the part of its config that is about vision.
+        parts = (config, getattr(config, "vision_config", None))
+        ids = [getattr(part, name, None) for part in parts for name in _VISUAL_IDS]
         visual_token_ids = [i for i in ids if isinstance(i, int)]
     known = torch.tensor(list(visual_token_ids), device=input_ids.device)
     return torch.isin(input_ids, known)

@@ -67,7 +67,7 @@ def make_case():
 
     def make(family: str, seed: int = 0, rows: int = 1, eos: bool = False, **options: Any) -> Case:
         torch.manual_seed(seed)
-        model, inputs = FAMILIES[family](rows)
+        model, inputs = FAMILIES[family].build(rows)
         case = Case(model.float().eval(), inputs, {"max_new_tokens": 16, **options}, seed)
         if eos:  # end row r at the token that it would emit at step 3 + 5 r
             told = case.generate()[:, inputs["input_ids"].shape[1] :]

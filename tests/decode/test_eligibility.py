@@ -78,7 +78,7 @@ UNSUPPORTED = {
     ),
     "mamba": (
         lambda: causal_lm("Mamba", vocab_size=64, hidden_size=32, num_hidden_layers=2),
-        BACKEND,
+        "has layers of type linear",
     ),
     "llama 4": (
         lambda: causal_lm(
@@ -91,8 +91,11 @@ UNSUPPORTED = {
         lambda: causal_lm("Mllama", "TextConfig", **SMALL, cross_attention_layers=[1]),
         "1 causal attention modules for 2 decoder layers",
     ),
-    "qwen3-next": (lambda: causal_lm("Qwen3Next", **SMALL, **LINEAR), BACKEND),
-    "qwen3.5": (lambda: causal_lm("Qwen3_5", "TextConfig", **SMALL, **LINEAR), BACKEND),
+    "qwen3-next": (lambda: causal_lm("Qwen3Next", **SMALL, **LINEAR), "has layers of type linear"),
+    "qwen3.5": (
+        lambda: causal_lm("Qwen3_5", "TextConfig", **SMALL, **LINEAR),
+        "has layers of type linear",
+    ),
     "gemma 3n": (
         lambda: causal_lm(
             "Gemma3n", "TextConfig",
@@ -283,6 +286,14 @@ def test_training_mode(make_case):
 def test_embedded_prompts(make_case):
     case = make_case("llama", seed=10, rows=3)
     embedded = case.model.get_input_embeddings()(case.inputs.pop("input_ids")).detach()
+    assert_runs_as_unpatched(case, "inputs_embeds", lambda: case.generate(inputs_embeds=embedded))
+
+
+def test_embedded_prompts_whose_ids_are_given_too(make_case):
+    """As BLIP's models hand them to their language model; the embeddings are what is read."""
+    case = make_case("llama", seed=10)
+    other = torch.randint(7, 99, case.inputs["input_ids"].shape)
+    embedded = case.model.get_input_embeddings()(other).detach()
     assert_runs_as_unpatched(case, "inputs_embeds", lambda: case.generate(inputs_embeds=embedded))
 
 

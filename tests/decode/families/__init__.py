@@ -1,0 +1,36 @@
+"""Tiny random models of the families that are tested, with real inputs.
+
+``python -m tests.decode.families`` prints them as the table in README.
+"""
+
+# Each enters its own models into the list.
+from tests.decode.families import (  # noqa: F401
+    frames,
+    grids,
+    grids_more,
+    images,
+    text,
+)
+from tests.decode.families.base import (
+    FAMILIES,
+    IMAGE,
+    PAD,
+    TEXT,
+    VIDEO,
+    VISION_END,
+    VISION_START,
+    VOCABULARY,
+    Family,
+)
+
+__all__ = [
+    "FAMILIES",
+    "IMAGE",
+    "PAD",
+    "TEXT",
+    "VIDEO",
+    "VISION_END",
+    "VISION_START",
+    "VOCABULARY",
+    "Family",
+]
