@@ -10,6 +10,7 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -169,10 +170,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(argv)
     # Importing torch and transformers takes seconds: first see whether the request makes sense.
     from std_decode.demo.video import VideoError
-    from std_decode.inputs import InputError
+    from std_decode.inputs import InputError, check_packages
 
     try:
-        return _command(options.command)(options)
+        try:
+            command = _command(options.command)
+        except ImportError:  # transformers does not import beside a torchvision for another torch
+            if find_spec("torchvision") is not None:
+                check_packages("torchvision")
+            raise
+        return command(options)
     except (BadInput, InputError, VideoError) as error:
         print(f"std-decode: {error}", file=sys.stderr)
         return 2

@@ -47,20 +47,24 @@ class Answer:
     stats: DecodeStats | None = None
 
 
-class TimedStreamer(TextStreamer):
-    """Shows the text as it comes (None: to nobody), and notes the time of each token."""
+def _streamer(tokenizer: Any, show: Show | None) -> tuple[TextStreamer, list[float]]:
+    """Shows the text as it comes (None: to nobody), and notes the time of each `put`.
 
-    def __init__(self, tokenizer: Any, show: Show | None = None):
-        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self.show, self.times = show, [time.perf_counter()]
+    No subclass, since sampling with a streamer of unknown habits goes in lockstep.
+    """
+    streamer: Any = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    put, times = streamer.put, [time.perf_counter()]
 
-    def put(self, value: Tensor) -> None:
-        super().put(value)
-        self.times.append(time.perf_counter())
+    def timed(value: Tensor) -> None:
+        put(value)
+        times.append(time.perf_counter())
 
-    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        if self.show is not None:
-            self.show(text + "\n" * stream_end)
+    def shown(text: str, stream_end: bool = False) -> None:
+        if show is not None:
+            show(text + "\n" * stream_end)
+
+    streamer.put, streamer.on_finalized_text = timed, shown
+    return streamer, times
 
 
 def answer(
@@ -76,12 +80,12 @@ def answer(
     on_cuda = model.device.type == "cuda"
     if on_cuda:
         torch.cuda.reset_peak_memory_stats(model.device)
-    streamer = TimedStreamer(tokenizer, show)
+    streamer, times = _streamer(tokenizer, show)
     sequences = model.generate(**inputs, **options, streamer=streamer).cpu()
     end = time.perf_counter()
     told = sequences[0, inputs["input_ids"].shape[1] :]
-    start, _, first, *_ = streamer.times  # the prompt is handed over in between
-    last = streamer.times[-1]
+    start, _, first, *_ = times  # the prompt is handed over in between
+    last = times[-1]
     return Answer(
         sequences,
         tokenizer.decode(told, skip_special_tokens=True),

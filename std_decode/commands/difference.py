@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 MARGIN = 1e-4  # of log-probability (less log noise): below it float32 rounding may decide
+MORE = 64  # steps, so that rounding is judged by many, however early answers part
 
 
 @dataclass(frozen=True)
@@ -26,11 +27,11 @@ class Difference:
         step: of the answer, from 0.
         unpatched, patched: the tokens there; None where that answer is at its end.
         margin: log-probability of the unpatched model's best token less that of its second (when
-            sampling, of each less the log of its random number); None where it could not be told,
-            because the unpatched model did not repeat its answer.
+            sampling, of each less the log of its random number); None where one answer just ends,
+            or the unpatched model did not repeat its own.
         behind: the same of the best less the patched answer's token; `margin` as a rule.
-        moved: how far the margins of the unpatched model's steps so far move, at most, when it
-            reads the same text in one pass; None where it could not be told.
+        moved: how far the margins of the unpatched model's steps, to `MORE` after this one, move
+            at most when it reads the same text in one pass; None where it could not be told.
         dtype: of the model.
     """
 
@@ -55,6 +56,8 @@ class Difference:
     def explained(self) -> str:
         """What it is, in a sentence or three."""
         kind = str(self.dtype).removeprefix("torch.")
+        if self.unpatched is None or self.patched is None:
+            return "One answer ends there, the other goes on: please report it as a bug."
         if self.margin is None or self.behind is None:
             return (
                 "The unpatched model, asked again, does not give its own answer again, so no "
@@ -68,18 +71,23 @@ class Difference:
                 f"{said}: a near tie, closer than {MARGIN:g}, which the rounding of {kind} may "
                 "decide either way. It is the one exception to identical tokens."
             )
-        moved = (
-            "How rounding moves this model's margins could not be measured."
-            if self.moved is None
-            else "The unpatched model's own margins move by up to "
-            f"{self.moved:.2g} when it reads the same text in one pass instead of token by token."
+        if kind in ("float32", "float64"):
+            return f"{said}, more than rounding explains: please report it as a bug."
+        check = (
+            "Compare with --dtype float32: if the tokens differ there too, where the best ones "
+            f"are more than {MARGIN:g} apart, please report it as a bug."
+        )
+        if self.moved is None:
+            return f"{said}. What the rounding of {kind} does could not be measured. {check}"
+        said += (
+            f". The unpatched model's own margins move by up to {self.moved:.2g} when it reads the "
+            "same text in one pass instead of token by token"
         )
         if self.is_rounding:
             return (
-                f"{said}. {moved} So it is the rounding of {kind}: neither answer is the more "
-                "exact one. --dtype float32 shows the tokens without it."
+                f"{said}: it is the rounding of {kind}, and neither answer is the more exact one."
             )
-        return f"{said}. {moved} Rounding does not explain that: please report it as a bug."
+        return f"{said}, which does not explain it. {check}"
 
 
 def first_difference(
@@ -105,36 +113,31 @@ def first_difference(
         return None
     both = min(len(right), len(found))
     step = next((n for n in range(both) if right[n] != found[n]), both)
-    ours, theirs = (told[step] if step < len(told) else None for told in (found, right))
-    again, scores, logits = _again(model, inputs, seed, step, **options)
-    value = scores.log_softmax(dim=-1)
-    if options.get("do_sample"):
-        value = value - _noise(value, seed, step).log()
-    two = value.topk(2)
-    # The last token is the choice that is in question; a random number that was not foreseen,
-    # or an answer that does not repeat itself, would make the margin another choice's.
-    if again != right[: step + 1] or int(two.indices[0]) != theirs:
+    if step == both:  # one answer just ends
+        ours, theirs = (told[step] if step < len(told) else None for told in (found, right))
         return Difference(step, theirs, ours, None, None, None, model.dtype)
-    margin = float(two.values[0] - two.values[1])
-    behind = margin if ours is None else float(two.values[0] - value[ours])
-    moved = _moved(model, inputs, expected[:, : prompt + step], logits)
-    return Difference(step, theirs, ours, margin, behind, moved, model.dtype)
-
-
-def _again(
-    model: Any, inputs: dict[str, Tensor], seed: int, step: int, **options: Any
-) -> tuple[list[int], Tensor, Tensor]:
-    """The answer up to `step`, its last token's scores ``[V]``, all logits ``[step + 1, V]``."""
+    ours, theirs = found[step], right[step]
     torch.manual_seed(seed)
     output = model.generate(
         **inputs,
-        **{**options, "max_new_tokens": step + 1},
+        **{**options, "max_new_tokens": min(len(right), step + 1 + MORE)},
         return_dict_in_generate=True,
         output_scores=True,
         output_logits=True,
     )
-    told = output.sequences[0, inputs["input_ids"].shape[1] :].tolist()
-    return told, output.scores[-1][0].float(), torch.cat(output.logits).float()
+    again = output.sequences
+    value = output.scores[step][0].float().log_softmax(dim=-1)
+    if options.get("do_sample"):
+        value = value - _noise(value, seed, step).log()
+    best, second = value.topk(2).values.tolist()
+    # An answer that does not repeat itself, or a random number that was not foreseen, would make
+    # the margin another choice's.
+    repeated = torch.equal(again.cpu(), expected[:, : again.shape[1]].cpu())
+    if not repeated or value[theirs] < best:
+        return Difference(step, theirs, ours, None, None, None, model.dtype)
+    moved = _moved(model, inputs, again[:, :-1], torch.cat(output.logits).float())
+    behind = best - float(value[ours])
+    return Difference(step, theirs, ours, best - second, behind, moved, model.dtype)
 
 
 def _noise(like: Tensor, seed: int, step: int) -> Tensor:

@@ -34,7 +34,7 @@ def generate(options: argparse.Namespace) -> int:
             stats = std_decode.last_stats(model)
     assert stats is not None
     if options.stats:
-        console.print(str(stats), markup=False, highlight=False)
+        console.print(str(stats), markup=False, highlight=False, soft_wrap=True)
     elif stats.fallback is not None:
         console.print(f"ran as unpatched: {stats.fallback}", markup=False, highlight=False)
     return 0
