@@ -80,13 +80,11 @@ class Difference:
         if self.moved is None:
             return f"{said}. What the rounding of {kind} does could not be measured. {check}"
         said += (
-            f". The unpatched model's own margins move by up to {self.moved:.2g} when it reads the "
-            "same text in one pass instead of token by token"
+            f". The unpatched model's own margins move by up to {self.moved:.2g} when it reads "
+            "the same text in one pass instead of token by token"
         )
         if self.is_rounding:
-            return (
-                f"{said}: it is the rounding of {kind}, and neither answer is the more exact one."
-            )
+            return f"{said}. It is the rounding of {kind}: neither answer is the more exact one."
         return f"{said}, which does not explain it. {check}"
 
 

@@ -1,7 +1,5 @@
-import numpy as np
 import pytest
 
-from std_decode.demo import camera, video
 from tests.commands import tiny
 from tests.demo import tiny_qwen
 
@@ -9,9 +7,7 @@ from tests.demo import tiny_qwen
 @pytest.fixture(scope="session")
 def filmed(tmp_path_factory):
     """A file that shows a clip of 20 s with 4 events."""
-    path, rng = tmp_path_factory.mktemp("filmed") / "clip.mp4", np.random.default_rng(1)
-    video.render(camera.random_clip(20, 4, rng), path, rng)
-    return path
+    return tiny.film(tmp_path_factory.mktemp("filmed") / "clip.mp4")
 
 
 @pytest.fixture(scope="session")

@@ -1,9 +1,11 @@
-"""Checkpoints of random weights, as folders on disk: a text model, and a LLaVA-OneVision."""
+"""Files to run commands on: a clip, and checkpoints of random weights."""
 
 from pathlib import Path
 
+import numpy as np
 import torch
 
+from std_decode.demo import camera, video
 from tests.demo import tiny_qwen
 
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>", "<video>")
@@ -13,6 +15,13 @@ TEMPLATE = (
     "{% else %}<{{ c.type }}>\n{% endif %}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+
+
+def film(path: Path) -> Path:
+    """Render a clip of 20 s with 4 events."""
+    rng = np.random.default_rng(1)
+    video.render(camera.random_clip(20, 4, rng), path, rng)
+    return path
 
 
 def _text(words):
