@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,8 @@ import torch
 
 import std_decode
 import std_kernels
+from std_decode import cli
+from std_decode.commands import arguments
 from std_decode.demo.model import generate_inputs, load_model, load_tokenizer
 from tests.commands import tiny
 from tests.demo import tiny_qwen
@@ -19,6 +22,9 @@ from tests.demo import tiny_qwen
 ROOT = Path(__file__).parents[2]
 EXAMPLES = sorted(path.name for path in (ROOT / "examples").glob("*.py") if path.stem != "given")
 # A block that loads a model of the reader's gets the demo model instead.
+COMMAND = re.compile(
+    r"(?:^ *|[`(]|&& )std-decode ((?!generate`|compare`)\w+ --[^`\n]+)", re.MULTILINE
+)
 LOADS = re.compile(r"\w+\.from_pretrained\(\.\.\.\)")
 
 
@@ -64,8 +70,23 @@ def test_every_python_block_of_the_readme_runs(path, number, capsys):
     assert ("acceptance rate" in capsys.readouterr().out) == bool(loads)
 
 
+def commands():
+    """Command lines of std-decode in the documentation and in the help."""
+    texts = [
+        (ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "CONTRIBUTING.md")
+    ]
+    texts += [cli.SPARSITY_EXAMPLES, arguments.GENERATE_EXAMPLES, arguments.COMPARE_EXAMPLES]
+    return sorted({line for text in texts for line in COMMAND.findall(text)} - {"demo --help"})
+
+
+@pytest.mark.parametrize("command", commands())
+def test_every_command_that_is_shown_is_one(command):
+    options = [part for part in shlex.split(command) if part not in ("[--draft-length", "G]")]
+    cli._parser().parse_args(["1" if part == "N" else part for part in options])
+
+
 def test_there_are_blocks_and_examples_to_run():
-    assert len(BLOCKS) >= 2 and len(EXAMPLES) >= 3
+    assert len(BLOCKS) >= 2 and len(EXAMPLES) >= 3 and len(commands()) > 12
     listed = (ROOT / "examples" / "README.md").read_text(encoding="utf-8")
     assert all(f"({name})" in listed for name in EXAMPLES)
 
