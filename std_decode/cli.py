@@ -1,4 +1,4 @@
-"""The command line: ``std-decode demo`` and ``std-decode sparsity``.
+"""The command line: ``std-decode demo``, ``generate``, ``compare`` and ``sparsity``.
 
 Exit status: 0 if all went well and the tokens were identical, 1 if they were not, 2 for bad input
 (one line on stderr says what), 130 when interrupted.
@@ -7,12 +7,17 @@ Exit status: 0 if all went well and the tokens were identical, 1 if they were no
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
 
 from std_decode import __version__
+from std_decode.commands.arguments import add_compare, add_generate, add_own_model
+from std_decode.commands.arguments import draft_length as _draft_length
+from std_decode.commands.arguments import whole_number as _whole_number
 from std_decode.demo.camera import TAGS
 from std_decode.demo.video import MOST_SECONDS
 
@@ -55,26 +60,6 @@ class BadInput(Exception):
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
-
-
-def _whole_number(least: int, most: int | None = None) -> Callable[[str], int]:
-    def parse(text: str) -> int:
-        expected = f"at least {least}" if most is None else f"{least} to {most}"
-        try:
-            value = int(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(
-                f"{text!r} is no whole number, expected {expected}"
-            ) from None
-        if value < least or (most is not None and value > most):
-            raise argparse.ArgumentTypeError(f"is {value}, expected {expected}")
-        return value
-
-    return parse
-
-
-def _draft_length(text: str) -> int | str:
-    return text if text == "auto" else _whole_number(0, 63)(text)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -140,6 +125,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--json", type=Path, metavar="FILE", help="write the figures to this file too")
     add("--picture", type=Path, metavar="FILE.png",
         help="draw which seconds of the clip the drafts read, round by round")  # fmt: skip
+    add_generate(commands)
+    add_compare(commands)
     _add_sparsity(commands)
     return parser
 
@@ -168,15 +155,8 @@ def _add_sparsity(commands: Any) -> None:
     add("--draft-lengths", type=_whole_number(1, 63), nargs="+", metavar="G",
         default=[1, 2, 4, 8], help="to compare, besides none (default: 1 2 4 8)")  # fmt: skip
     own = sparsity.add_argument_group("a model of yours")
-    add = own.add_argument
-    add("--model", metavar="M", help="folder or hub id; needs --video")
-    add("--prompt", metavar="TEXT", help="(default: Describe the video in detail.)")
-    add("--frames", type=_whole_number(1, 4096), metavar="N",
-        help="to sample from the video, evenly in time (default: 32)")  # fmt: skip
-    add("--dtype", choices=["auto", "float32", "bfloat16", "float16"],
-        help="of the weights (default: auto, as saved)")  # fmt: skip
-    add("--device", metavar="DEVICE", help="such as cpu, cuda:1 (default: cuda, else cpu)")
-    add("--trust-remote-code", action="store_true", help="run code that comes with the model")
+    own.add_argument("--model", metavar="M", help="folder or hub id; needs --video")
+    add_own_model(own)
     clip = sparsity.add_argument_group("a clip for the demo model")
     add = clip.add_argument
     add("--seconds", type=_whole_number(1, MOST_SECONDS), metavar="N",
@@ -190,19 +170,34 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(argv)
     # Importing torch and transformers takes seconds: first see whether the request makes sense.
     from std_decode.demo.video import VideoError
-    from std_decode.inputs import InputError
+    from std_decode.inputs import InputError, check_packages
 
     try:
-        if options.command == "demo":
-            from std_decode.demo.run import demo
-
-            return demo(options)
-        from std_decode.sparsity.run import sparsity
-
-        return sparsity(options)
+        try:
+            command = _command(options.command)
+        except ImportError:  # transformers does not import beside a torchvision for another torch
+            if find_spec("torchvision") is not None:
+                check_packages("torchvision")
+            raise
+        return command(options)
     except (BadInput, InputError, VideoError) as error:
         print(f"std-decode: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("std-decode: interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # `std-decode generate | head -1`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _command(name: str) -> Callable[[argparse.Namespace], int]:
+    if name == "demo":
+        from std_decode.demo.run import demo as command
+    elif name == "generate":
+        from std_decode.commands.generate import generate as command
+    elif name == "compare":
+        from std_decode.commands.compare import compare as command
+    else:
+        from std_decode.sparsity.run import sparsity as command
+    return command

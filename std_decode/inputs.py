@@ -4,13 +4,14 @@
 >>> processor = load_processor("Qwen/Qwen2-VL-2B-Instruct")
 >>> inputs = make_inputs(processor, clip, "What happens?")
 >>> model = load_model("Qwen/Qwen2-VL-2B-Instruct")
->>> model.generate(**inputs.to(model.device))
+>>> model.generate(**to_model(inputs, model))
 """
 
 from __future__ import annotations
 
 import bisect
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -134,31 +135,75 @@ def _picture(frame: Any, frames: int) -> np.ndarray:
     return np.rot90(pixels, round(frame.rotation / 90) % 4)
 
 
-def check_packages() -> None:
-    """Raise InputError where a package that a hub model's processor needs is missing or broken."""
-    for name in ("torchvision", "PIL", "jinja2"):
+def read_image(path: Path) -> Any:
+    """A PIL image, RGB, turned upright as the file says.
+
+    Raises:
+        InputError: missing, a folder, or no image; Pillow is missing.
+    """
+    check_packages("PIL")
+    from PIL import Image, ImageOps
+
+    if not path.is_file():
+        what = (
+            "not a file; expected an image such as photo.jpg" if path.exists() else "no such file"
+        )
+        raise InputError(f"{path}: {what}")
+    try:
+        with Image.open(path) as image:
+            return ImageOps.exif_transpose(image).convert("RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise InputError(f"{path}: not a readable image, or a truncated one") from error
+
+
+def check_packages(*names: str) -> None:
+    """Raise InputError where a package that a model's processor needs is missing or broken.
+
+    Args:
+        names: of packages; none: all that a video needs.
+    """
+    for name in names or ("torchvision", "PIL", "jinja2"):
         try:
             __import__(name)
         except ImportError:
-            raise InputError(f"a model's video processor needs {name}: {_HUB}") from None
+            raise InputError(f"a model's processor needs {name}: {_HUB}") from None
         except Exception as error:  # a build of torchvision for another torch
             line = str(error).splitlines()[0]
             raise InputError(f"{name} does not work with this torch ({line}): {_HUB}") from None
 
 
-def load_processor(name: str, *, trust_remote_code: bool = False) -> Any:
-    """The processor of a folder or hub id.
+def load_processor(
+    name: str, *, takes: Sequence[str] = ("video",), trust_remote_code: bool = False
+) -> Any:
+    """The processor of a folder or hub id; of a text model its tokenizer.
+
+    Args:
+        takes: what the question is about, of "video" and "image"; () for text.
 
     Raises:
-        InputError: there is none, it takes no video, or a package is missing.
+        InputError: there is none, it does not take that, or a package is missing.
     """
-    from transformers import AutoProcessor
+    from transformers import AutoConfig, AutoProcessor, AutoTokenizer
 
+    if takes:
+        check_packages()
+    with _one_line(name):
+        config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+    if not _sees(config):
+        if takes:
+            raise InputError(
+                f"{name}: takes no {takes[0]} ({config.model_type}); expected an "
+                "image-text-to-text model"
+            )
+        check_packages("jinja2")
+        with _one_line(name):
+            return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
     check_packages()
     with _one_line(name):
         processor = AutoProcessor.from_pretrained(name, trust_remote_code=trust_remote_code)
-    if getattr(processor, "video_processor", None) is None:
-        raise InputError(f"{name}: its processor takes no video ({type(processor).__name__})")
+    for kind in takes:
+        if getattr(processor, f"{kind}_processor", None) is None:
+            raise InputError(f"{name}: its processor takes no {kind} ({type(processor).__name__})")
     if not getattr(processor, "chat_template", None):
         raise InputError(f"{name}: has no chat template, so it is unknown how to ask it")
     return processor
@@ -174,17 +219,38 @@ def load_model(
         device: None: the first CUDA device, else the CPU.
 
     Raises:
-        InputError: there is none that takes images and text.
+        InputError: there is none that generates text, or no such device.
     """
     import torch
-    from transformers import AutoModelForImageTextToText
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    check_device(device)
     with _one_line(name):
-        model = AutoModelForImageTextToText.from_pretrained(
-            name, dtype=dtype, trust_remote_code=trust_remote_code
-        )
+        config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+        kind = AutoModelForImageTextToText if _sees(config) else AutoModelForCausalLM
+        model = kind.from_pretrained(name, dtype=dtype, trust_remote_code=trust_remote_code)
     return model.to(device).eval()
+
+
+def check_device(device: str) -> None:
+    """Raise InputError where tensors cannot be put on `device`, such as "cuda:1"."""
+    import torch
+
+    try:
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        line = str(error).strip().splitlines()[0]
+        raise InputError(f"device {device!r} cannot be used: {line}") from error
+
+
+def _sees(config: Any) -> bool:
+    """Whether a model of this configuration takes images or videos."""
+    from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+
+    remote = getattr(config, "auto_map", None) or {}
+    known = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    return known or "AutoModelForImageTextToText" in remote
 
 
 class _one_line:
@@ -205,19 +271,59 @@ class _one_line:
         raise InputError(f"{self.name}: {line}") from error
 
 
-def make_inputs(processor: Any, clip: Video, prompt: str) -> Any:
-    """What `model.generate` needs to answer `prompt` about `clip`.
+def make_inputs(processor: Any, clip: Video | None, prompt: str, *, image: Any = None) -> Any:
+    """What `model.generate` needs to answer `prompt` about a video, an image, both or none.
+
+    Args:
+        processor: of `load_processor`.
+        clip: of `read_video`.
+        image: of `read_image`.
 
     Returns:
         transformers' BatchFeature, on the CPU: `input_ids` ``[1, S]`` and what goes with them.
 
     Raises:
-        InputError: the processor cannot make anything of the video.
+        InputError: the processor cannot make anything of it.
     """
+    from jinja2 import TemplateError
+
+    seen: list[dict[str, str]] = []
+    options: dict[str, Any] = {}
+    if clip is not None:
+        seen.append({"type": "video"})
+        options |= {
+            "videos": [clip.frames],
+            "video_metadata": [_metadata(clip)],
+            "do_sample_frames": False,  # read_video has
+        }
+    if image is not None:
+        seen.append({"type": "image"})
+        options["images"] = [image]
+    tokenizer = getattr(processor, "tokenizer", processor)
+    if processor is tokenizer:
+        options["return_token_type_ids"] = False  # which no decoder takes
+    try:
+        text = prompt
+        if getattr(processor, "chat_template", None):
+            content: Any = prompt
+            if processor is not tokenizer:
+                content = [*seen, {"type": "text", "text": prompt}]
+            text = processor.apply_chat_template(
+                [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
+            )
+            if tokenizer.bos_token and text.startswith(tokenizer.bos_token):
+                options["add_special_tokens"] = False  # or it would be there twice
+        return processor(text=[text], return_tensors="pt", **options)
+    except (ValueError, RuntimeError, TypeError, LookupError, TemplateError) as error:
+        line = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise InputError(f"{type(processor).__name__} cannot take this: {line}") from error
+
+
+def _metadata(clip: Video) -> Any:
     from transformers.video_utils import VideoMetadata
 
     height, width = clip.frames.shape[1:3]
-    told = VideoMetadata(
+    return VideoMetadata(
         total_num_frames=clip.total,
         fps=clip.fps,
         width=width,
@@ -226,17 +332,11 @@ def make_inputs(processor: Any, clip: Video, prompt: str) -> Any:
         video_backend="pyav",
         frames_indices=clip.indices,
     )
-    content = [{"type": "video"}, {"type": "text", "text": prompt}]
-    conversation = [{"role": "user", "content": content}]
-    text = processor.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
-    try:
-        return processor(
-            text=[text],
-            videos=[clip.frames],
-            video_metadata=[told],
-            do_sample_frames=False,  # read_video has
-            return_tensors="pt",
-        )
-    except (ValueError, RuntimeError) as error:
-        line = str(error).strip().splitlines()[0]
-        raise InputError(f"{type(processor).__name__} cannot take this video: {line}") from error
+
+
+def to_model(inputs: Any, model: Any) -> dict[str, Any]:
+    """What `make_inputs` made, on the device of `model`, pixels in its dtype."""
+    return {
+        name: value.to(model.dtype) if name.startswith("pixel_values") else value
+        for name, value in inputs.to(model.device).items()
+    }

@@ -6,54 +6,31 @@ import argparse
 import json
 import shutil
 import tempfile
-import time
-from collections import Counter
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
-from transformers import TextStreamer
 from transformers.utils.logging import disable_progress_bar
 
 import std_decode
 from std_decode.cli import BadInput
+from std_decode.commands.answer import (
+    Answer,
+    Show,
+    add_drafting,
+    answer,
+    middle,
+    ratio,
+    side_by_side,
+)
 from std_decode.demo import camera, video
 from std_decode.demo.model import generate_inputs, load_model, load_tokenizer
 from std_decode.output import check_file, check_picture, png, replace_file
-
-
-@dataclass
-class Narration:
-    """One generate call: its tokens ``[1, S + T]``, its text, and when tokens came out."""
-
-    sequences: torch.Tensor
-    text: str
-    tokens: int
-    total_seconds: float
-    tokens_per_second: float  # of decoding: after the first token
-    stats: std_decode.DecodeStats | None = None
-
-
-class _TimedStreamer(TextStreamer):
-    """Prints (or swallows) the text as it comes, and notes the time of each token."""
-
-    def __init__(self, tokenizer: Any, console: Console | None):
-        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self.console, self.times = console, [time.perf_counter()]
-
-    def put(self, value: torch.Tensor) -> None:
-        super().put(value)
-        self.times.append(time.perf_counter())
-
-    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        if self.console is not None:
-            self.console.print(text, end="\n" if stream_end else "", markup=False, highlight=False)
 
 
 def demo(options: argparse.Namespace) -> int:
@@ -71,45 +48,32 @@ def demo(options: argparse.Namespace) -> int:
     console.print(f"[dim]{video_tokens} video tokens; narrating from tag #{first_tag:02o}[/dim]")
     sampling = dict(do_sample=options.sample, top_k=0) if options.sample else dict(do_sample=False)
 
-    def narrate(shown: Console | None) -> Narration:
-        torch.manual_seed(options.seed)
-        streamer = _TimedStreamer(tokenizer, shown)
-        start = time.perf_counter()
-        most = 5 * camera.TAGS + 8
-        sequences = model.generate(**inputs, **sampling, max_new_tokens=most, streamer=streamer)
-        told = sequences[0, inputs["input_ids"].shape[1] :]
-        first, last = streamer.times[2], streamer.times[-1]
-        return Narration(
-            sequences,
-            tokenizer.decode(told, skip_special_tokens=True),
-            len(told),
-            time.perf_counter() - start,
-            (len(told) - 1) / (last - first) if len(told) > 1 else 0.0,
-        )
-
     few = generate_inputs(frames[:8], first_tag, tokenizer)
 
-    def tell(patch: dict[str, Any] | None, shown: Console | None = None) -> Narration:
+    def show(text: str) -> None:
+        console.print(text, end="", markup=False, highlight=False)
+
+    def tell(patch: dict[str, Any] | None, shown: Show | None = None) -> Answer:
+        most = 5 * camera.TAGS + 8
         with nullcontext() if patch is None else std_decode.patched(model, **patch):
             model.generate(**few, max_new_tokens=16)  # the first call pays for setting up
-            narration = narrate(shown)
-            return replace(narration, stats=std_decode.last_stats(model) if patch else None)
+            how = dict(sampling, max_new_tokens=most)
+            told = answer(model, inputs, tokenizer, options.seed, shown, **how)
+            return replace(told, stats=std_decode.last_stats(model) if patch else None)
 
-    ways = {
-        "patched": dict(top_k_keys=options.top_k_keys, draft_length=options.draft_length),
-        "unpatched": None,
-        "dense path": dict(draft_length=0),
-    }
-    told: dict[str, list[Narration]] = {name: [] for name in ways}
+    drafting = dict(top_k_keys=options.top_k_keys, draft_length=options.draft_length)
+    ways = {"unpatched": None, "dense path": dict(draft_length=0), "patched": drafting}
+    told: dict[str, list[Answer]] = {name: [] for name in ways}
     for run in range(options.repeat):
-        for name, patch in ways.items():
+        for name in ("patched", "unpatched", "dense path"):
+            patch = ways[name]
             if run == 0 and name == "patched":
-                told[name].append(tell(patch, console))
+                told[name].append(tell(patch, show))
                 continue
             with console.status(f"the same, {name}, {run + 1} of {options.repeat}"):
                 told[name].append(tell(patch))
     patched = told["patched"][0]
-    everything = [narration for runs in told.values() for narration in runs]
+    everything = [one for runs in told.values() for one in runs]
     identical = all(torch.equal(x.sequences, patched.sequences) for x in everything)
     right = None if clip is None else camera.attributes_right(patched.text, clip)
     assert patched.stats is not None
@@ -117,11 +81,11 @@ def demo(options: argparse.Namespace) -> int:
         "video_tokens": video_tokens,
         "identical": identical,
         **{
-            f"{name.replace(' ', '_')}_tokens_per_second": _median(runs, "tokens_per_second")
+            f"{name.replace(' ', '_')}_tokens_per_second": middle(runs, "tokens_per_second")
             for name, runs in told.items()
         },
-        "over_unpatched": _ratio(told, "unpatched"),
-        "over_dense_path": _ratio(told, "dense path"),
+        "over_unpatched": ratio(told, "unpatched", "tokens_per_second"),
+        "over_dense_path": ratio(told, "dense path", "tokens_per_second"),
         "attributes_right": right,
         **asdict(patched.stats),
     }
@@ -195,45 +159,13 @@ def _film(
     return frames, told
 
 
-def _median(runs: list[Narration], name: str) -> float:
-    return median(getattr(run, name) for run in runs)
-
-
-def _ratio(told: dict[str, list[Narration]], rival: str) -> float | None:
-    """Median of the decoding speeds' ratios, patched over `rival`, run by run."""
-    pairs = zip(told["patched"], told[rival])
-    ratios = [x.tokens_per_second / y.tokens_per_second for x, y in pairs if y.tokens_per_second]
-    return median(ratios) if ratios else None
-
-
-def _table(told: dict[str, list[Narration]], figures: dict[str, Any]) -> Table:
-    runs = len(told["patched"])
-    of_runs = f", medians of {runs} runs" if runs > 1 else ""
-    table = Table(title=f"the same narration, patched and not{of_runs}", title_style="bold")
-    for name in ("", "unpatched", "dense path", "patched"):
-        table.add_column(name, justify="left" if not name else "right")
-    rivals = ("unpatched", "dense path")
-
-    def row(title: str, name: str, digits: int) -> None:
-        cells = (f"{_median(told[way], name):.{digits}f}" for way in (*rivals, "patched"))
-        table.add_row(title, *cells)
-
-    row("decoding, tokens/s", "tokens_per_second", 1)
-    ratios = (figures["over_unpatched"], figures["over_dense_path"])
-    table.add_row("patched is", *(f"{r:.2f}x" if r else "" for r in ratios), "")
-    row("total time, s", "total_seconds", 3)
-    row("tokens", "tokens", 0)
-    lengths = Counter(figures["draft_lengths"])
-    lengths[0] = figures["calls"]["dense"]
-    chosen = ", ".join(f"{g} ({lengths[g]}x)" for g in sorted(lengths) if lengths[g])
-    rows = {
-        "drafts a round": chosen or "-",
-        "tokens per dense pass": f"{figures['mean_accepted_length']:.2f}",
-        "acceptance rate": f"{figures['acceptance_rate']:.1%}" if figures["drafted"] else "-",
-    }
+def _table(told: dict[str, list[Answer]], figures: dict[str, Any]) -> Table:
+    table = side_by_side("the same narration, patched and not", told)
+    stats = told["patched"][0].stats
+    assert stats is not None
+    add_drafting(table, stats)
     if figures["attributes_right"] is not None:
-        rows["attributes right"] = f"{figures['attributes_right']:.1%}"
-    rows["tokens identical"] = "[green]yes[/]" if figures["identical"] else "[bold red]NO[/]"
-    for title, value in rows.items():
-        table.add_row(title, "", "", value)
+        table.add_row("attributes right", "", "", f"{figures['attributes_right']:.1%}")
+    identical = "[green]yes[/]" if figures["identical"] else "[bold red]NO[/]"
+    table.add_row("tokens identical", "", "", identical)
     return table

@@ -243,9 +243,14 @@ def candidates(model: Any, inputs: dict[str, Any]) -> int:
 
 
 def teach(
-    model: Any, inputs: dict[str, Any], answer: Tensor, keys: int, best_of: Sequence[int] = ()
+    model: Any,
+    inputs: dict[str, Any],
+    answer: Tensor,
+    keys: int,
+    best_of: Sequence[int] = (),
+    **options: Any,
 ) -> tuple[KeysPoint, Teacher]:
-    """Draft along `answer` with `keys` keys."""
+    """Draft along `answer` with `keys` keys, and other `options` of `patch`."""
     teacher, _, _ = watched(
         model,
         inputs,
@@ -253,7 +258,7 @@ def teach(
         len(answer),
         top_k_keys=keys,
         draft_length=SWEEP_DRAFT_LENGTH,
-        cuda_graphs=False,  # a captured pass cannot be looked into
+        **{**options, "cuda_graphs": False, "compile": False},  # or it cannot be looked into
     )
     kept = teacher.mean(teacher.kept)
     return KeysPoint(keys, len(teacher.agreed), sum(teacher.agreed), kept), teacher
@@ -266,6 +271,7 @@ def time_rounds(
     keys: int,
     draft_lengths: Sequence[int],
     tell: Callable[[int], None] = lambda draft_length: None,
+    **options: Any,
 ) -> list[DraftsPoint]:
     """Generate `tokens` tokens with drafts of each length, twice.
 
@@ -274,12 +280,13 @@ def time_rounds(
 
     Args:
         tell: is told the draft length before each run.
+        **options: of `patch`, besides.
     """
     runs: dict[int, list[tuple[Timed, Any]]] = {gamma: [] for gamma in draft_lengths}
     for gamma in (*draft_lengths, *reversed(draft_lengths)):
         tell(gamma)
         timed, _, stats = watched(
-            model, inputs, Timed, tokens, top_k_keys=keys, draft_length=gamma
+            model, inputs, Timed, tokens, top_k_keys=keys, draft_length=gamma, **options
         )
         runs[gamma].append((timed, stats))
     points = []

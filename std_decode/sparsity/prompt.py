@@ -33,7 +33,9 @@ def with_cache(model: Any, inputs: dict[str, Any], answer: Tensor) -> dict[str, 
     if not visual.any():
         return inputs
     seen = min(int(visual.nonzero().max()) + 1, length - 1)
-    by_token = {name for name, value in inputs.items() if value.shape == ids.shape}
+    by_token = {
+        name for name, value in inputs.items() if getattr(value, "shape", None) == ids.shape
+    }
     first = {name: v[:, :seen] if name in by_token else v for name, v in inputs.items()}
     cache = DynamicCache(config=model.get_decoder().config)
     try:

@@ -31,6 +31,7 @@ _SPECIAL = (
 _TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{% for c in m.content %}"
     "{% if c.type == 'video' %}<|vision_start|><|video_pad|><|vision_end|>"
+    "{% elif c.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
     "{% else %}{{ c.text }}{% endif %}{% endfor %}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
@@ -67,7 +68,8 @@ def lend_operators() -> None:
         import torchvision  # noqa: F401
 
 
-def tokenizer():
+def tokenizer(special=_SPECIAL):
+    """Of single letters; the first special token pads, the third ends an answer."""
     from tokenizers import Regex, Tokenizer
     from tokenizers.decoders import Fuse
     from tokenizers.models import WordLevel
@@ -75,15 +77,15 @@ def tokenizer():
     from transformers import PreTrainedTokenizerFast
 
     letters = [chr(code) for code in range(32, 127)] + ["\n"]
-    words = {word: i for i, word in enumerate([*_SPECIAL, *letters])}
-    made = Tokenizer(WordLevel(words, unk_token="<|endoftext|>"))
+    words = {word: i for i, word in enumerate([*special, *letters])}
+    made = Tokenizer(WordLevel(words, unk_token=special[0]))
     made.decoder = Fuse()
     made.pre_tokenizer = Split(Regex(r"[\s\S]"), "isolated")
     return PreTrainedTokenizerFast(
         tokenizer_object=made,
-        pad_token=_SPECIAL[0],
-        eos_token=_SPECIAL[2],
-        additional_special_tokens=list(_SPECIAL[1:]),
+        pad_token=special[0],
+        eos_token=special[2],
+        additional_special_tokens=list(special[1:]),
     )
 
 

@@ -1,0 +1,1 @@
+"""`std-decode generate` and `compare`, and what the other commands share with them."""

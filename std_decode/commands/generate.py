@@ -1,0 +1,45 @@
+"""``std-decode generate``: answer one question, patched, as it comes."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from rich.console import Console
+from transformers.utils.logging import disable_progress_bar
+
+import std_decode
+from std_decode.commands.answer import answer, one_line, patch_options, sampling
+from std_decode.commands.question import ask, check_question
+
+
+def generate(options: argparse.Namespace) -> int:
+    """Run ``std-decode generate``: the answer to stdout, all else to stderr. Returns 0."""
+    check_question(options)
+    patch, chosen = patch_options(options), sampling(options)
+    console = Console(stderr=True)
+    disable_progress_bar()
+    with one_line():
+        question = ask(options, console)
+        with std_decode.patched(question.model, **patch) as model:
+            answer(
+                model,
+                question.inputs,
+                question.tokenizer,
+                options.seed,
+                _write,
+                max_new_tokens=question.most_tokens,
+                **chosen,
+            )
+            stats = std_decode.last_stats(model)
+    assert stats is not None
+    if options.stats:
+        console.print(str(stats), markup=False, highlight=False, soft_wrap=True)
+    elif stats.fallback is not None:
+        console.print(f"ran as unpatched: {stats.fallback}", markup=False, highlight=False)
+    return 0
+
+
+def _write(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
