@@ -1,4 +1,4 @@
-"""The command line: ``std-decode demo`` and ``std-decode sparsity``.
+"""The command line: ``std-decode demo``, ``std-decode batch`` and ``std-decode sparsity``.
 
 Exit status: 0 if all went well and the tokens were identical, 1 if they were not, 2 for bad input
 (one line on stderr says what), 130 when interrupted.
@@ -141,6 +141,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--picture", type=Path, metavar="FILE.png",
         help="draw which seconds of the clip the drafts read, round by round")  # fmt: skip
     _add_sparsity(commands)
+    from std_decode.batch.arguments import add_parser as add_batch  # which imports from here
+
+    add_batch(commands)
     return parser
 
 
@@ -197,6 +200,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             from std_decode.demo.run import demo
 
             return demo(options)
+        if options.command == "batch":
+            from std_decode.batch.run import batch
+
+            return batch(options)
         from std_decode.sparsity.run import sparsity
 
         return sparsity(options)
