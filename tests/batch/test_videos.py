@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from std_decode.batch.videos import SPREAD, batches, estimate, find_videos
@@ -37,6 +37,7 @@ def test_lengths_are_told_by_the_header(clips):
         assert estimate(str(clips / bad), None) == 0
 
 
+@settings(deadline=None)
 @given(st.lists(st.floats(0, 1e6), max_size=40), st.integers(1, 9))
 def test_batches_are_of_similar_length_and_hold_each_once(lengths, size):
     names = [str(i) for i in range(len(lengths))]
