@@ -4,11 +4,12 @@ import argparse
 import sys
 from importlib import import_module
 
-_COMMANDS = ("acceptance", "compile", "decode", "prefill", "roofline", "selection", "gpu")
+_COMMANDS = ("acceptance", "batch", "compile", "decode", "prefill", "roofline", "selection", "gpu")
 
 _EPILOG = """\
 examples:
   python -m bench acceptance                    with and without 4-bit drafts, demo model
+  python -m bench batch                         videos together and one at a time, demo model
   python -m bench compile                       compile every kernel for five GPUs, without one
   python -m bench compile --arch sm_90 --op select_topk
   python -m bench decode --quick                 a whole model's decoding, here a tiny one's

@@ -1,4 +1,4 @@
-"""The command line: ``std-decode demo``, ``generate``, ``compare`` and ``sparsity``.
+"""The command line: ``std-decode demo``, ``generate``, ``compare``, ``batch``, ``sparsity``.
 
 Exit status: 0 if all went well and the tokens were identical, 1 if they were not, 2 for bad input
 (one line on stderr says what), 130 when interrupted.
@@ -15,9 +15,14 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from std_decode import __version__
-from std_decode.commands.arguments import add_compare, add_generate, add_own_model
-from std_decode.commands.arguments import draft_length as _draft_length
-from std_decode.commands.arguments import whole_number as _whole_number
+from std_decode.batch.arguments import add_parser as add_batch
+from std_decode.commands.arguments import (
+    add_compare,
+    add_generate,
+    add_own_model,
+    draft_length,
+    whole_number,
+)
 from std_decode.demo.camera import TAGS
 from std_decode.demo.video import MOST_SECONDS
 
@@ -25,7 +30,7 @@ DEMO = """\
 Show sparse-to-dense decoding at work, with nothing to download.
 
 A camera clip is rendered to an mp4 file, read back, and narrated by a tiny trained video LLM (a
-Qwen2-VL of 2.5M parameters that comes with the package): patched, unpatched, and patched without
+Qwen2-VL of 2.9M parameters that comes with the package): patched, unpatched, and patched without
 drafts (the dense path). The table compares them; the tokens must be identical. On a CPU, at this
 size, a draft step costs nearly as much as a dense one until the video is long, so by itself the
 patch hardly drafts: see the method with --draft-length 4 and --picture, not its speed."""
@@ -80,21 +85,21 @@ def _parser() -> argparse.ArgumentParser:
     add("--keep", type=Path, metavar="FILE", help="keep the rendered clip here (a new file)")
     add(
         "--seconds",
-        type=_whole_number(1, MOST_SECONDS),
+        type=whole_number(1, MOST_SECONDS),
         default=256,
         metavar="N",
         help="length of the clip, 4 video tokens each (default: %(default)s)",
     )
     add(
         "--events",
-        type=_whole_number(1, TAGS),
+        type=whole_number(1, TAGS),
         default=12,
         metavar="N",
         help="events in the clip (default: %(default)s)",
     )
     add(
         "--seed",
-        type=_whole_number(0),
+        type=whole_number(0),
         default=0,
         metavar="N",
         help="of the clip and of sampling (default: %(default)s)",
@@ -102,14 +107,14 @@ def _parser() -> argparse.ArgumentParser:
     add("--sample", action="store_true", help="sample at temperature 1 instead of greedy")
     add(
         "--top-k-keys",
-        type=_whole_number(1),
+        type=whole_number(1),
         default=64,
         metavar="K",
         help="video keys a draft reads per layer and KV head (default: %(default)s)",
     )
     add(
         "--draft-length",
-        type=_draft_length,
+        type=draft_length,
         default="auto",
         metavar="G",
         help="tokens drafted a round, 0 to 63; 0 decodes densely, auto drafts where that pays, "
@@ -117,7 +122,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add(
         "--repeat",
-        type=_whole_number(1, 1000),
+        type=whole_number(1, 1000),
         default=1,
         metavar="N",
         help="narrate so often each way, in turns, and compare medians (default: %(default)s)",
@@ -128,6 +133,7 @@ def _parser() -> argparse.ArgumentParser:
     add_generate(commands)
     add_compare(commands)
     _add_sparsity(commands)
+    add_batch(commands)
     return parser
 
 
@@ -147,22 +153,22 @@ def _add_sparsity(commands: Any) -> None:
     add(
         "--video", type=Path, metavar="FILE", help="of any length; without --model a rendered clip"
     )
-    add("--max-new-tokens", type=_whole_number(3), metavar="N",
+    add("--max-new-tokens", type=whole_number(3), metavar="N",
         help="of the answer (default: 128; of the demo model all it tells)")  # fmt: skip
-    add("--top-k-keys", type=_whole_number(1), nargs="+", metavar="K",
+    add("--top-k-keys", type=whole_number(1), nargs="+", metavar="K",
         default=[2**i for i in range(4, 13)],
         help="numbers of keys to compare, besides all (default: 16 32 64 ... 4096)")  # fmt: skip
-    add("--draft-lengths", type=_whole_number(1, 63), nargs="+", metavar="G",
+    add("--draft-lengths", type=whole_number(1, 63), nargs="+", metavar="G",
         default=[1, 2, 4, 8], help="to compare, besides none (default: 1 2 4 8)")  # fmt: skip
     own = sparsity.add_argument_group("a model of yours")
     own.add_argument("--model", metavar="M", help="folder or hub id; needs --video")
     add_own_model(own)
     clip = sparsity.add_argument_group("a clip for the demo model")
     add = clip.add_argument
-    add("--seconds", type=_whole_number(1, MOST_SECONDS), metavar="N",
+    add("--seconds", type=whole_number(1, MOST_SECONDS), metavar="N",
         help="4 video tokens each (default: 256)")  # fmt: skip
-    add("--events", type=_whole_number(1, TAGS), metavar="N", help="(default: 12)")
-    add("--seed", type=_whole_number(0), metavar="N", help="of the clip (default: 0)")
+    add("--events", type=whole_number(1, TAGS), metavar="N", help="(default: 12)")
+    add("--seed", type=whole_number(0), metavar="N", help="of the clip (default: 0)")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -198,6 +204,8 @@ def _command(name: str) -> Callable[[argparse.Namespace], int]:
         from std_decode.commands.generate import generate as command
     elif name == "compare":
         from std_decode.commands.compare import compare as command
+    elif name == "batch":
+        from std_decode.batch.run import batch as command
     else:
         from std_decode.sparsity.run import sparsity as command
     return command

@@ -24,7 +24,7 @@ from std_decode.cost import Workload
 from std_decode.eligibility import fallback_reason, left_padding, lockstep_reason, prompt_parts
 from std_decode.engine import Engine
 from std_decode.lockstep import Lockstep
-from std_decode.ranks import lead
+from std_decode.ranks import lead, share_random_numbers
 from std_decode.rows import Ends, Rows
 from std_decode.sampling import Chooser, Drafter
 from std_decode.selection import plan_selection, visual_tokens
@@ -54,6 +54,8 @@ def sample(
         options.stats = DecodeStats(fallback=reason)
         return plain(input_ids, processors, criteria, config, synced_gpus, streamer, **kwargs)
     given: DynamicCache = kwargs[CACHE]
+    if config.do_sample:
+        share_random_numbers(model, input_ids.device)
     engine = _engine(model, input_ids, config, kwargs)
     stats, cache = engine.stats, engine.cache
     kwargs[CACHE] = cache

@@ -7,6 +7,9 @@ from typing import Any
 
 import torch
 import torch.distributed
+from torch import Tensor
+
+from std_decode.sampling import default_generator
 
 
 def lead(model: Any) -> Callable[[int], int]:
@@ -16,17 +19,37 @@ def lead(model: Any) -> Callable[[int], int]:
     would have different shapes and wait for each other for ever. Costs one broadcast a choice;
     with a single process the choice is just returned.
     """
-    if (getattr(model, "_tp_size", None) or 1) == 1 or not torch.distributed.is_initialized():
+    tell = _broadcast(model)
+    if tell is None:
         return lambda choice: choice
+    return lambda choice: int(tell(torch.tensor(choice)))
+
+
+def share_random_numbers(model: Any, device: torch.device) -> None:
+    """Have all ranks that share `model` go on with the random numbers of the first of them.
+
+    Ranks that drew other numbers, because someone gave each a seed of its own, would choose other
+    tokens, end at other steps, and wait for each other for ever.
+    """
+    tell = _broadcast(model)
+    if tell is not None:
+        generator = default_generator(device)
+        generator.set_state(tell(generator.get_state()))
+
+
+def _broadcast(model: Any) -> Callable[[Tensor], Tensor] | None:
+    """What turns a tensor of the CPU into that of the first rank; None with a single process."""
+    if (getattr(model, "_tp_size", None) or 1) == 1 or not torch.distributed.is_initialized():
+        return None
     # Other processes may have the same model for other prompts: they must not be waited for.
     mesh = getattr(model, "_device_mesh", None)
     if mesh is not None and mesh.ndim > 1:
         mesh = mesh["tp"]
     group = None if mesh is None else mesh.get_group()
 
-    def follow(choice: int) -> int:
-        told = torch.tensor(choice, device=model.device)
+    def tell(own: Tensor) -> Tensor:
+        told = own.to(model.device, copy=True)
         torch.distributed.broadcast(told, group=group, group_src=0)
-        return int(told)
+        return told.cpu()
 
-    return follow
+    return tell
