@@ -4,7 +4,9 @@ import argparse
 import sys
 from importlib import import_module
 
-_COMMANDS = ("acceptance", "compile", "decode", "prefill", "roofline", "selection", "gpu")
+_COMMANDS = (
+    "acceptance", "compile", "decode", "kernels", "prefill", "roofline", "selection", "gpu",
+)  # fmt: skip
 
 _EPILOG = """\
 examples:
