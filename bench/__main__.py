@@ -14,6 +14,7 @@ examples:
   python -m bench compile                       compile every kernel for five GPUs, without one
   python -m bench compile --arch sm_90 --op select_topk
   python -m bench decode --quick                 a whole model's decoding, here a tiny one's
+  python -m bench kernels --quick --out quick    each op beside its rivals, also on the CPU
   python -m bench prefill                        time to the first token, patched and unpatched
   python -m bench roofline --model qwen2-vl-7b --gpu h200 --batch 8 --context 25000
   python -m bench selection --out trial           rules of re-selection, on the demo model

@@ -61,22 +61,53 @@ def run(options: argparse.Namespace) -> int:
     return 0 if passed and right and read and decoded else 1
 
 
-def environment() -> dict[str, Any]:
-    import torch
-    import triton
+def environment(device: Any = None) -> dict[str, Any]:
+    """What figures depend on; of the GPU unless `device` is a CPU."""
+    from importlib.metadata import PackageNotFoundError, version
 
-    gpu = torch.cuda.get_device_properties(0)
+    import torch
+
+    try:
+        triton = version("triton")
+    except PackageNotFoundError:  # macOS, Windows
+        triton = None
     return {
-        "gpu": gpu.name,
-        "memory_gb": round(gpu.total_memory / 1e9, 1),
-        "multiprocessors": gpu.multi_processor_count,
-        "driver": output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
-        "cuda": torch.version.cuda or torch.version.hip,
+        **(_the_cpu() if device is not None and device.type == "cpu" else _the_gpu()),
         "torch": torch.__version__,
-        "triton": triton.__version__,
+        "triton": triton,
         "python": platform.python_version(),
         "commit": output("git", "rev-parse", "HEAD"),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def _the_gpu() -> dict[str, Any]:
+    import torch
+
+    found = torch.cuda.get_device_properties(0)
+    return {
+        "gpu": found.name,
+        "memory_gb": round(found.total_memory / 1e9, 1),
+        "multiprocessors": found.multi_processor_count,
+        "driver": output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
+        "cuda": torch.version.cuda or torch.version.hip,
+    }
+
+
+def _the_cpu() -> dict[str, Any]:
+    import torch
+
+    name = platform.processor() or platform.machine()
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            named = [line.partition(":")[2].strip() for line in file if "model name" in line]
+    except OSError:
+        named = []
+    return {
+        "cpu": named[0] if named else name,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
     }
 
 
