@@ -5,7 +5,8 @@ import sys
 from importlib import import_module
 
 _COMMANDS = (
-    "acceptance", "compile", "decode", "kernels", "prefill", "roofline", "selection", "gpu",
+    "acceptance", "compile", "decode", "kernels", "prefill", "roofline", "selection", "tune",
+    "gpu",
 )  # fmt: skip
 
 _EPILOG = """\
@@ -18,6 +19,7 @@ examples:
   python -m bench prefill                        time to the first token, patched and unpatched
   python -m bench roofline --model qwen2-vl-7b --gpu h200 --batch 8 --context 25000
   python -m bench selection --out trial           rules of re-selection, on the demo model
+  python -m bench tune --out tune               on a GPU: launch configurations for the table
   python -m bench gpu --out round1              on a GPU: test, then time, in under 9 minutes
 """
 

@@ -10,8 +10,16 @@ from pathlib import Path
 from typing import Any
 
 from bench.decode import between
-from bench.kernels_points import CPU_GRID, GPU_GRID, OPS, PRESETS, QUICK_CPU, QUICK_GPU, grid
-from bench.models import SHAPES
+from bench.kernels_points import (
+    CPU_GRID,
+    GPU_GRID,
+    KNOWN_SHAPES,
+    OPS,
+    PRESETS,
+    QUICK_CPU,
+    QUICK_GPU,
+    grid,
+)
 
 _HELP = """\
 Times each op of std_kernels at the head shapes of real models, beside its rivals:
@@ -103,8 +111,8 @@ def run(options: argparse.Namespace, clock: Callable[[], float] = time.monotonic
         if options.resume and options.out is None:
             raise _Refused("--resume goes on from files, expected --out DIR to find them in")
         for name in options.shape or ():
-            if name not in SHAPES:
-                raise _Refused(f"--shape is {name}, expected of {', '.join(SHAPES)}")
+            if name not in KNOWN_SHAPES:
+                raise _Refused(f"--shape is {name}, expected of {', '.join(KNOWN_SHAPES)}")
         return _run(options, clock, None if options.seconds is None else started + options.seconds)
     except _Refused as error:
         print(f"bench kernels: {error}", file=sys.stderr)

@@ -19,6 +19,12 @@ OPS = (
 )
 SCORING = 64  # queries that score_keys averages over
 TAIL = 64  # keys after the listed ones that sparse_attention reads
+# Of other head dims, for kernels only; from the models' config.json on Hugging Face.
+MORE_SHAPES = {
+    "llama-3.2-1b": Shape("llama", 2048, 16, 32, 8, 8192, 128256, 5e5),
+    "gemma-2-9b": Shape("gemma2", 3584, 42, 16, 8, 14336, 256000, 1e4, head_dim=256),
+}
+KNOWN_SHAPES = {**SHAPES, **MORE_SHAPES}
 MODELS = ("qwen2-vl-7b", "llava-onevision-72b", "llama-3-8b", "llava-next-video-7b")
 
 
@@ -26,7 +32,7 @@ class Point(NamedTuple):
     """One op at one size."""
 
     op: str
-    shape: str  # a key of models.SHAPES
+    shape: str  # a key of KNOWN_SHAPES
     batch: int
     context: int = 0  # N; 0 for int4_linear, which reads no cache
     tokens: int = 0  # T, for an op that has it
@@ -35,7 +41,7 @@ class Point(NamedTuple):
 
     @property
     def model(self) -> Shape:
-        return SHAPES[self.shape]
+        return KNOWN_SHAPES[self.shape]
 
     @property
     def matrix_shape(self) -> tuple[int, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,14 +33,20 @@ def same_setting(one: Record, other: Record) -> bool:
 class Results:
     """Records in the order in which they came; the first says where and with what."""
 
-    def __init__(self, path: Path | None, environment: Record, resume: bool = False):
+    def __init__(
+        self,
+        path: Path | None,
+        environment: Record,
+        resume: bool = False,
+        kept: Callable[[Record], bool] = lambda record: record["status"] == "ok",
+    ):
+        """`kept`: what is gone on from; the rest, failures for instance, gets another chance."""
         self.path = path
         self.records = [environment]
         self.resumed = 0
         found = load(path) if path is not None and resume else []
         if found and same_setting(found[0], environment):
-            # What failed, was wrong or had no time gets another chance.
-            self.records = [found[0], *(r for r in found[1:] if r["status"] == "ok")]
+            self.records = [found[0], *filter(kept, found[1:])]
             self.resumed = len(self.records) - 1
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
