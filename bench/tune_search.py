@@ -141,8 +141,8 @@ def with_tile(row: Row, tile: Tile) -> Row:
 
 def tiles(subject: Subject, row: Row) -> list[Tile]:
     """Every tile to try, the present one first."""
-    every = (tile for tile in product(*subject.tiles) if tile != tile_of(row))
-    return [tile_of(row), *every]
+    every: list[Any] = list(product(*subject.tiles))
+    return [tile_of(row), *(tile for tile in every if tile != tile_of(row))]
 
 
 def with_split(row: Row, limit: int, split: int) -> Row:
