@@ -55,15 +55,19 @@ def test_finds_the_best_tile_and_a_split_for_each_capacity():
 
 def test_what_is_fast_at_the_first_size_only_is_not_taken():
     subject = subject_of("verify_attention", "split")
-    tempting = (16, 16, 2, 1)
+    tempting, steady = (16, 16, 2, 1), (32, 16, 2, 1)
 
     def time(row, point):
         if search.tile_of(row) == tempting:
             return 0.5 if point == subject.points[0] else 3.0
-        return 1.0
+        return better if search.tile_of(row) == steady else 1.0
 
+    better = 1.0
     choice, present, _ = sweep(subject, time)
     assert choice.row == present and choice.gain == 1
+    better = 0.8
+    choice, present, _ = sweep(subject, time)
+    assert search.tile_of(choice.row) == steady and choice.gain == pytest.approx(1.25)
 
 
 @pytest.mark.parametrize("gain, kept", [(1.019, True), (1.021, False)])
