@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,8 +27,9 @@ def load(path: Path) -> list[Record]:
     return records
 
 
-def same_setting(one: Record, other: Record) -> bool:
-    return all(one.get(name) == other.get(name) for name in SAME)
+def differences(one: Record, other: Record) -> list[str]:
+    """In what two settings differ."""
+    return [name for name in SAME if one.get(name) != other.get(name)]
 
 
 class Results:
@@ -45,7 +47,11 @@ class Results:
         self.records = [environment]
         self.resumed = 0
         found = load(path) if path is not None and resume else []
-        if found and same_setting(found[0], environment):
+        changed = differences(found[0], environment) if found else []
+        if changed:
+            was = ", ".join(f"{name} {found[0].get(name)}" for name in changed)
+            print(f"bench: {path} was made with {was}; beginning anew", file=sys.stderr)
+        elif found:
             self.records = [found[0], *filter(kept, found[1:])]
             self.resumed = len(self.records) - 1
         if path is not None:

@@ -40,7 +40,8 @@ def headline(about: Record) -> str:
     if "gpu" in about:
         where = f"{about['gpu']}, driver {about['driver']}, CUDA {about['cuda']}"
     else:
-        where = f"{about['cpu']}, {about['threads']} threads, {about['instructions']}"
+        threads = f"{about['threads']} thread{'s' * (about['threads'] > 1)}"
+        where = f"{about['cpu']}, {threads}, {about['instructions']}"
     absent = f"; not installed: {', '.join(about['absent'])}" if about["absent"] else ""
     return (
         f"{where}; {about['dtype']}; torch {about['torch']}, triton {about['triton']}, Python "
@@ -114,7 +115,7 @@ def draw(results: Results) -> bytes | None:
     panels = figure.subplots(lines, columns, squeeze=False).flat
     names = list(dict.fromkeys(record["what"] for record in known))
     colours = {name: f"C{index % 10}" for index, name in enumerate(names)}
-    for panel, (op, batch) in zip(panels, wanted):
+    for (op, batch), panel in zip(wanted, panels):  # wanted first: it ends before panels do
         here = [r for r in known if (r["op"], r["batch"]) == (op, batch)]
         _panel(panel, here, copy, colours)
         panel.set_title(_title(op, batch, here), fontsize=9)

@@ -202,7 +202,7 @@ def test_time_box_and_memory(tmp_path):
     assert records(tmp_path)[2]["status"] == "skipped: K 300 is more than N"
 
 
-def test_resume(tmp_path, monkeypatch):
+def test_resume(tmp_path, monkeypatch, capsys):
     options = ("--op", "select_topk", "score_keys", "--out", tmp_path)
     assert bench(*options, "--rival", "none") == 0
     path = tmp_path / "kernels.jsonl"
@@ -225,6 +225,7 @@ def test_resume(tmp_path, monkeypatch):
         path.write_text(changed)
         with pytest.raises(AssertionError, match="timed again"):
             bench(*options, "--resume")
+        assert "was made with dtype float16; beginning anew" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("given, words", [
