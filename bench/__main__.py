@@ -4,7 +4,10 @@ import argparse
 import sys
 from importlib import import_module
 
-_COMMANDS = ("acceptance", "batch", "compile", "decode", "prefill", "roofline", "selection", "gpu")
+_COMMANDS = (
+    "acceptance", "batch", "compile", "decode", "kernels", "prefill", "roofline", "selection", "tune",
+    "gpu",
+)  # fmt: skip
 
 _EPILOG = """\
 examples:
@@ -13,9 +16,11 @@ examples:
   python -m bench compile                       compile every kernel for five GPUs, without one
   python -m bench compile --arch sm_90 --op select_topk
   python -m bench decode --quick                 a whole model's decoding, here a tiny one's
+  python -m bench kernels --quick --out quick    each op beside its rivals, also on the CPU
   python -m bench prefill                        time to the first token, patched and unpatched
   python -m bench roofline --model qwen2-vl-7b --gpu h200 --batch 8 --context 25000
   python -m bench selection --out trial           rules of re-selection, on the demo model
+  python -m bench tune --out tune               on a GPU: launch configurations for the table
   python -m bench gpu --out round1              on a GPU: test, then time, in under 9 minutes
 """
 

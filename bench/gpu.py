@@ -2,38 +2,33 @@
 
 import argparse
 import json
-import math
 import os
 import platform
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
+
+from bench.timing import measure  # noqa: F401
 
 ROOT = Path(__file__).parents[1]
 TEST_SECONDS, TIME_SECONDS, PREFILL_SECONDS, DECODE_SECONDS = 210, 105, 35, 135
 GRACE = 15  # seconds that prefill and decoding may take to end by itself
 _HELP = """\
 Runs the GPU test suite, then times each op at a few real sizes beside torch's own, then prefill
-and decoding at a 7B model's shape beside transformers' (see python -m bench prefill --help and
-python -m bench decode --help). Takes less than 9 minutes: each part has a time box, and what did
-not fit is listed as skipped. What computes something wrong is reported and not timed. Writes into
-DIR as it goes:
+and decoding at a 7B model's shape beside transformers' (see --help of python -m bench kernels,
+prefill and decode). Takes less than 9 minutes: each part has a time box, and what did not fit is
+listed as skipped. What computes something wrong is reported and not timed. Writes into DIR as it
+goes:
 
   environment.json   GPU, driver, versions, commit, date
   tests.log, tests.xml   what pytest said
-  ops.jsonl          one line per timing: median, 20th and 80th percentile in milliseconds, GB/s
-  ops.md             the same as a table
+  kernels.jsonl, kernels.md, kernels.log   each op beside its rivals
   prefill.jsonl, prefill.md, prefill.log   time to the first token, patched beside unpatched
   decode.jsonl, decode.md, decode.log   decoding with random weights and forced acceptance
-
-"cold" clears the L2 cache before each run and includes the launch; "graph" replays a CUDA graph
-of the same call over and over, so small inputs come from the cache. GB/s counts every input and
-output once, over the cold median; the share is of a large copy's GB/s on the same GPU.
 
 The exit status is 0 if everything passed, 1 if something failed or is wrong, and 2 without a GPU.
 """
@@ -60,33 +55,59 @@ def run(options: argparse.Namespace) -> int:
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "environment.json").write_text(json.dumps(environment(), indent=2) + "\n")
     passed = options.skip_tests or run_tests(options.out, TEST_SECONDS)
-    try:
-        right = time_ops(options.out, torch.device("cuda"), time.monotonic() + TIME_SECONDS)
-    except Exception as error:  # decoding can be timed all the same
-        print(f"bench gpu: ops: {error!r}"[:300], file=sys.stderr)
-        right = False
-    torch.cuda.empty_cache()
+    right = time_part("kernels", options.out, TIME_SECONDS, KERNELS)
     read = time_part("prefill", options.out, PREFILL_SECONDS, PREFILL)
     decoded = time_part("decode", options.out, DECODE_SECONDS, DECODING)
     return 0 if passed and right and read and decoded else 1
 
 
-def environment() -> dict[str, Any]:
-    import torch
-    import triton
+def environment(device: Any = None) -> dict[str, Any]:
+    """What figures depend on; of the GPU unless `device` is a CPU."""
+    from importlib.metadata import PackageNotFoundError, version
 
-    gpu = torch.cuda.get_device_properties(0)
+    import torch
+
+    try:
+        triton = version("triton")
+    except PackageNotFoundError:  # macOS, Windows
+        triton = None
     return {
-        "gpu": gpu.name,
-        "memory_gb": round(gpu.total_memory / 1e9, 1),
-        "multiprocessors": gpu.multi_processor_count,
-        "driver": output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
-        "cuda": torch.version.cuda or torch.version.hip,
+        **(_the_cpu() if device is not None and device.type == "cpu" else _the_gpu()),
         "torch": torch.__version__,
-        "triton": triton.__version__,
+        "triton": triton,
         "python": platform.python_version(),
         "commit": output("git", "rev-parse", "HEAD"),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def _the_gpu() -> dict[str, Any]:
+    import torch
+
+    found = torch.cuda.get_device_properties(0)
+    return {
+        "gpu": found.name,
+        "memory_gb": round(found.total_memory / 1e9, 1),
+        "multiprocessors": found.multi_processor_count,
+        "driver": output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
+        "cuda": torch.version.cuda or torch.version.hip,
+    }
+
+
+def _the_cpu() -> dict[str, Any]:
+    import torch
+
+    name = platform.processor() or platform.machine()
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            named = [line.partition(":")[2].strip() for line in file if "model name" in line]
+    except OSError:
+        named = []
+    return {
+        "cpu": named[0] if named else name,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
     }
 
 
@@ -106,6 +127,7 @@ def run_tests(out: Path, seconds: float) -> bool:
     return _run_apart("tests", command, out / "tests.log", seconds)
 
 
+KERNELS = ["--preset", "round"]
 PREFILL = ["--shape", "qwen2-vl-7b", "--tokens", "4096", "25000", "--pairs", "7"]
 DECODING = ["--shape", "qwen2-vl-7b", "--batch", "1", "8", "--context", "25000",
             "--draft-weights", "own", "int4"]  # fmt: skip
@@ -141,112 +163,3 @@ def _run_apart(name: str, command: list[str], log: Path, seconds: float) -> bool
     verdict = f"stopped after {seconds:.0f} s" if code is None else f"exit status {code}"
     print(f"{name}: {verdict}, {time.monotonic() - started:.0f} s: {lines[-1] if lines else ''}")
     return code == 0
-
-
-def time_ops(out: Path, device: Any, deadline: float, small: bool = False) -> bool:
-    """Times what fits before `deadline` (of time.monotonic); False if anything was wrong."""
-    from rich.console import Console
-
-    from bench import ops
-
-    records: list[dict[str, Any]] = []
-
-    def keep(record: dict[str, Any]) -> None:
-        records.append(record)
-        with open(out / "ops.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
-        (out / "ops.md").write_text(markdown(records), encoding="utf-8")
-
-    (out / "ops.jsonl").unlink(missing_ok=True)
-    copy = ops.copy_case(device, 1 << (16 if small else 29))
-    measured = measure(copy.run, device)
-    ceiling = copy.bytes / measured["cold"][0] / 1e6
-    keep(_record(copy, "copy", measured, ceiling))
-    for make in ops.cases(device, small):
-        if time.monotonic() > deadline:
-            keep({"op": "the rest", "size": "", "what": "ours", "status": _SKIPPED})
-            break
-        for record in _time_case(make, device, ceiling):
-            keep(record)
-    console = Console(width=None if sys.stdout.isatty() else 160)
-    console.print(table(records))
-    bad = [r for r in records if r["what"] == "ours" and r["status"] not in ("ok", _SKIPPED)]
-    return not bad
-
-
-_SKIPPED = "skipped: out of time"
-
-
-def _time_case(make: Callable[[], Any], device: Any, ceiling: float) -> list[dict[str, Any]]:
-    try:
-        case = make()
-        excess = case.check()
-    except Exception as error:  # whatever one case runs into must not cost the others
-        return [{"op": "?", "size": "?", "what": "ours", "status": f"failed: {error!r}"[:500]}]
-    if not excess <= 1:
-        status = f"wrong: error {excess:.3g} times what is allowed"
-        return [{"op": case.op, "size": case.size, "what": "ours", "status": status}]
-    records = []
-    for what, call in {"ours": case.run, **case.rivals}.items():
-        try:
-            records.append(_record(case, what, measure(call, device), ceiling))
-        except Exception as error:
-            status = f"failed: {str(error).strip().splitlines()[0] if str(error) else error!r}"
-            records.append({"op": case.op, "size": case.size, "what": what, "status": status})
-    return records
-
-
-def measure(call: Callable[[], Any], device: Any) -> dict[str, list[float]]:
-    """Median, 20th and 80th percentile in ms, cold and (where it can be captured) as a graph."""
-    if device.type == "cpu":
-        started = time.perf_counter()
-        call()
-        return {"cold": [1e3 * (time.perf_counter() - started)] * 3}
-    from triton.testing import do_bench, do_bench_cudagraph
-
-    quantiles = [0.5, 0.2, 0.8]
-    measured = {"cold": list(do_bench(call, warmup=25, rep=150, quantiles=quantiles))}
-    try:
-        measured["graph"] = list(do_bench_cudagraph(call, rep=50, quantiles=quantiles))
-    except Exception as error:
-        print(f"bench gpu: no graph: {error!r}"[:200], file=sys.stderr)
-    return measured
-
-
-def _record(
-    case: Any, what: str, measured: dict[str, list[float]], ceiling: float
-) -> dict[str, Any]:
-    bandwidth = case.bytes / measured["cold"][0] / 1e6
-    record = {"op": case.op, "size": case.size, "what": what, "status": "ok", "bytes": case.bytes}
-    for kind, (median, low, high) in measured.items():
-        record |= {f"{kind}_ms": median, f"{kind}_p20_ms": low, f"{kind}_p80_ms": high}
-    return {**record, "gb_per_s": bandwidth, "of_copy": bandwidth / ceiling, "note": case.note}
-
-
-_HEADER = ("op", "size", "what", "cold us", "p20", "p80", "graph us", "GB/s", "of copy", "note")
-
-
-def _cells(record: dict[str, Any]) -> list[str]:
-    head = [record["op"], record["size"], record["what"]]
-    if record["status"] != "ok":
-        return [*head, *["-"] * 6, record["status"][:60]]
-    micro = [record.get(name, math.nan) * 1e3 for name in ("cold_ms", "cold_p20_ms",
-                                                           "cold_p80_ms", "graph_ms")]  # fmt: skip
-    numbers = ["-" if math.isnan(us) else f"{us:.1f}" for us in micro]
-    share = f"{record['of_copy']:.0%}"
-    return [*head, *numbers, f"{record['gb_per_s']:.0f}", share, record["note"]]
-
-
-def table(records: list[dict[str, Any]]) -> Any:
-    from rich.table import Table
-
-    shown = Table(*_HEADER)
-    for record in records:
-        shown.add_row(*_cells(record), style="bold" if record["what"] == "ours" else None)
-    return shown
-
-
-def markdown(records: list[dict[str, Any]]) -> str:
-    rows = ["| " + " | ".join(_cells(record)) + " |" for record in records]
-    head = ["| " + " | ".join(_HEADER) + " |", "|" + "---|" * len(_HEADER)]
-    return "\n".join(["# The ops on this GPU", "", *head, *rows]) + "\n"
