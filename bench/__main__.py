@@ -5,7 +5,8 @@ import sys
 from importlib import import_module
 
 _COMMANDS = (
-    "acceptance", "compile", "decode", "kernels", "prefill", "roofline", "selection", "gpu",
+    "acceptance", "compile", "decode", "demo", "kernels", "prefill", "report", "roofline",
+    "selection", "gpu",
 )  # fmt: skip
 
 _EPILOG = """\
@@ -13,8 +14,10 @@ examples:
   python -m bench acceptance                    with and without 4-bit drafts, demo model
   python -m bench compile                       compile every kernel for five GPUs, without one
   python -m bench compile --arch sm_90 --op select_topk
-  python -m bench decode --quick                 a whole model's decoding, here a tiny one's
+  python -m bench decode --quick                 decoding, of a tiny model and the demo's
+  python -m bench demo --out bench/results       the figures of README's table of the demo
   python -m bench prefill                        time to the first token, patched and unpatched
+  python -m bench report --check                 do README's tables say what the results say?
   python -m bench roofline --model qwen2-vl-7b --gpu h200 --batch 8 --context 25000
   python -m bench selection --out trial           rules of re-selection, on the demo model
   python -m bench gpu --out round1              on a GPU: test, then time, in under 9 minutes
