@@ -6,7 +6,7 @@ from importlib import import_module
 
 _COMMANDS = (
     "acceptance", "compile", "decode", "demo", "kernels", "prefill", "report", "roofline",
-    "selection", "gpu",
+    "selection", "tune", "gpu",
 )  # fmt: skip
 
 _EPILOG = """\
@@ -16,10 +16,12 @@ examples:
   python -m bench compile --arch sm_90 --op select_topk
   python -m bench decode --quick                 decoding, of a tiny model and the demo's
   python -m bench demo --out bench/results       the figures of README's table of the demo
+  python -m bench kernels --quick --out quick    each op beside its rivals, also on the CPU
   python -m bench prefill                        time to the first token, patched and unpatched
   python -m bench report --check                 do README's tables say what the results say?
   python -m bench roofline --model qwen2-vl-7b --gpu h200 --batch 8 --context 25000
   python -m bench selection --out trial           rules of re-selection, on the demo model
+  python -m bench tune --out tune               on a GPU: launch configurations for the table
   python -m bench gpu --out round1              on a GPU: test, then time, in under 9 minutes
 """
 

@@ -1,233 +1,249 @@
-"""The ops at real sizes: what each must compute, the bytes it must move, and its rivals."""
+"""The ops at real sizes: inputs, what each must compute, the bytes it must move, its rivals."""
+
+from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+import zlib
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import std_kernels as sk
+from bench import kernels_checks as checks
+from bench import kernels_rivals as rivals
+from bench.kernels_points import SCORING, TAIL, Point
+from bench.kernels_rivals import Rival
 from std_decode import quantize
-from std_kernels import reference
 
-# A 7B video LLM: 28 layers, 28 query heads, 4 KV heads, head dim 128.
-LAYERS, HQ, HKV, D = 28, 28, 4, 128
-DTYPE = torch.bfloat16
-UP, DOWN, HEAD = (18944, 3584), (3584, 18944), (152064, 3584)  # its MLP and LM head
-BACKENDS = {
-    "sdpa flash": SDPBackend.FLASH_ATTENTION,
-    "sdpa efficient": SDPBackend.EFFICIENT_ATTENTION,
-    "sdpa cudnn": SDPBackend.CUDNN_ATTENTION,
-}
+# A rival may round where ours does not: what is further off than this computes something else.
+MOST_EXCESS = 4.0
 
 
 @dataclass
 class Case:
     """One op at one size, with its inputs allocated."""
 
-    op: str
-    size: str
     bytes: int  # each input read once, each output written once
     run: Callable[[], Any]
     check: Callable[[], float]  # the error, over what is allowed; above 1 is wrong
-    rivals: dict[str, Callable[[], Any]] = field(default_factory=dict)
+    rivals: dict[str, Rival] = field(default_factory=dict)
     note: str = ""
-
-
-def cases(device: torch.device, small: bool = False) -> Iterator[Callable[[], Case]]:
-    """What to time, most important first; each is called when its turn comes.
-
-    Args:
-        device: where inputs live.
-        small: tiny sizes, to run the code where speed means nothing.
-    """
-    cut, least = (256, 1) if small else (1, 64)
-    for B, N, T in ((1, 131072, 5), (16, 32768, 5), (1, 25088, 5), (1, 131072, 1)):
-        yield partial(_verify, device, min(B, least), N // cut, T)
-    yield partial(_verify, device, min(16, least), 32768 // cut, 5, scores=True)
-    for B, N, k in ((1, 131072, 1024), (1, 25088, 1024), (16, 32768, 1024)):
-        yield partial(_select, device, min(B, least), N // cut, k // cut, small)
-    for B, N, K in ((1, 131072, 1024), (16, 32768, 1024), (1, 131072, 3072)):
-        yield partial(_sparse, device, min(B, least), N // cut, K // cut)
-    for rows, shape in ((1, UP), (4, UP), (16, UP), (32, UP), (1, DOWN), (1, HEAD)):
-        yield partial(_int4_linear, device, rows, (64, 256) if small else shape)
-    for B, N in ((1, 25088), (1, 131072), (16, 32768)):
-        yield partial(_score, device, min(B, least), N // cut, 64)
+    # The error of a rival's result, over what our op is allowed; None where it cannot be said.
+    check_rival: Callable[[Rival, Any], float] | None = None
+    # What a Triton kernel gives beyond right results, if it does: the same bits whatever T.
+    promise: Callable[[], bool] | None = None
 
 
 def copy_case(device: torch.device, numel: int = 1 << 29) -> Case:
     """A device-to-device copy, the ceiling that every share is of; numel 4-byte elements."""
     source, target = torch.randn(2, numel, device=device).unbind()
-    return Case("copy", f"{numel * 4 / 1e9:.1f} GB", 8 * numel, lambda: target.copy_(source),
-                lambda: 0.0)  # fmt: skip
+    return Case(8 * numel, lambda: target.copy_(source), lambda: 0.0)
 
 
-def _cache(device: torch.device, B: int, N: int, T: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    query = 2 * torch.randn(B, HQ, T, D, device=device, dtype=DTYPE)
-    key, value = torch.randn(2, B, HKV, N, D, device=device, dtype=DTYPE).unbind()
-    return query, key, value, torch.full((B,), N, dtype=torch.int32, device=device)
+class Inputs:
+    """Makes the case of a point. Keys and values are kept for the next point that has the same."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype):
+        self.device, self.dtype = device, dtype
+        self.cached: tuple[Any, ...] = ()
+        self.generator = torch.Generator(device)
+
+    def case(self, point: Point) -> Case:
+        # The same numbers whatever was made before.
+        self.generator.manual_seed(zlib.crc32(repr(point).encode()))
+        made = _CASES[point.op](self, point)
+        made.rivals = {name: rival for name, rival in made.rivals.items() if rival is not None}
+        return made
+
+    def normal(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        dtype = dtype or self.dtype
+        return torch.randn(shape, generator=self.generator, device=self.device, dtype=dtype)
+
+    def forget(self) -> None:
+        """Free the keys and values."""
+        self.cached = ()
+
+    def attention(self, point: Point, T: int, listed: Tensor | None = None) -> rivals.Tensors:
+        """Query, keys and values, a few of which every query or some one query weighs heavily.
+
+        Among random keys none matters: a mask that is off by one key would pass unnoticed.
+        """
+        model = point.model
+        B, N, D = point.batch, point.context, model.head_dim
+        shape = B, model.kv_heads, N, D
+        if not self.cached or self.cached[0] != shape:
+            self.forget()
+            self.cached = shape, self.normal(*shape), self.normal(*shape)
+        _, key, value = self.cached
+        query = self.normal(B, model.heads, T, D)
+        if listed is None:
+            listed = torch.tensor([0, N // 2], device=self.device).expand(B, model.kv_heads, 2)
+        _plant(query, key, listed)
+        kv_len = torch.full((B,), N, dtype=torch.int32, device=self.device)
+        return rivals.Tensors(query, key, value, kv_len)
 
 
-def _excess(got: Tensor, exact: Tensor, plain: Tensor, floor: float) -> float:
-    """Error over what is allowed: twice plain torch's at the same precision, and a floor."""
-    if got.isnan().any():
-        return math.inf
-    error = (got.double() - exact).abs().max()
-    allowed = 2 * (plain.double() - exact).abs().max() + floor
-    return float(error / allowed)
+def _plant(query: Tensor, key: Tensor, listed: Tensor) -> None:
+    """Make keys that stand out: those at `listed` [B, Hkv, 2], and each query's own and next.
+
+    Query t must see the key at its own position and not the one after it; both are like it.
+    """
+    N, T = key.shape[2], query.shape[2]
+    groups = query.unflatten(1, (key.shape[1], -1))  # [B, Hkv, G, T, D]
+    t = torch.arange(T, device=query.device)
+    own, before = (groups[:, :, t % groups.shape[2], at] for at in (t, t - 1))
+    # A logit of about log N, so that such a key weighs as much as all others together.
+    size = math.log(N) / query.shape[3] ** 0.5
+    key[:, :, N - T :] = own * size if T == 1 else (own + before) * size
+    at = listed.long()[..., None].expand(-1, -1, -1, key.shape[3])
+    key.scatter_(2, at, torch.stack((own[:, :, 0], own[:, :, -1]), 2) * size)
 
 
-def _rows(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """The first and the last batch row: float64 references of a whole batch are too large."""
-    for b in sorted({0, len(tensors[0]) - 1}):
-        yield tuple(tensor[b : b + 1] for tensor in tensors)
+def _verify(inputs: Inputs, point: Point, scores: bool = False) -> Case:
+    given = inputs.attention(point, point.tokens)
+    query, key = given.query, given.key
+    guess = torch.full(query.shape[:3], math.log(point.context) + 2, device=inputs.device)
+    moved = 2 * key.nbytes + 2 * query.nbytes + (4 * key[..., 0].numel() if scores else 0)
+    expected: list[checks.Attention] = []
 
-
-def _verify(device: torch.device, B: int, N: int, T: int, scores: bool = False) -> Case:
-    query, key, value, kv_len = _cache(device, B, N, T)
-    guess = torch.full((B, HQ, T), math.log(N) + 2, device=device)
-    kv = 2 * key.numel() * key.element_size()
-    moved = kv + 2 * query.numel() * query.element_size() + (4 * B * HKV * N if scores else 0)
+    def right() -> checks.Attention:
+        if not expected:
+            expected.append(checks.dense(*given, guess if scores else None))
+        return expected[0]
 
     def run() -> Any:
         if scores:
-            return sk.verify_attention_with_scores(query, key, value, kv_len, guess)
-        return sk.verify_attention(query, key, value, kv_len)
+            return sk.verify_attention_with_scores(*given, guess)
+        return sk.verify_attention(*given)
 
-    def check() -> float:
-        worst = 0.0
-        results = run()
-        for row in _rows(query, key, value, kv_len, guess, *results):
-            out, lse, *rest = row[5:]
-            with torch.device(device):
-                exact = reference.verify_attention_with_scores(*row[:5])
-                plain = reference.verify_attention(*row[:4], dtype=DTYPE)
-            worst = max(worst, _excess(out, exact[0], plain[0], 2**-8))
-            worst = max(worst, _excess(lse, exact[1], exact[1].float(), 1e-4))
-            for got in rest:
-                worst = max(worst, _excess(got, exact[2], exact[2].float(), 1e-4))
-        return worst
+    def check_rival(rival: Rival, result: Any) -> float:
+        return right().of_rival(rival.output(result), rival.causal)
 
-    # Without a mask the G heads are rows like any other: the most a backend can share.
-    packed = query.view(B, HKV, HQ // HKV * T, D)
-    rivals: dict[str, Callable[[], Any]] = {
-        name: partial(_sdpa, backend, packed, key, value) for name, backend in BACKENDS.items()
-    }
-    rivals["sdpa as is"] = lambda: F.scaled_dot_product_attention(
-        query, key, value, enable_gqa=True
+    def promise() -> bool:
+        alone = sk.verify_attention(query[:, :, -1:], *given[1:])
+        return all(torch.equal(x[:, :, -1:], one) for x, one in zip(run(), alone))
+
+    return Case(
+        moved,
+        run,
+        lambda: right().of_ours(*run()),
+        rivals.with_scores(given, guess) if scores else rivals.dense(given),
+        "" if point.tokens == 1 else "sdpa rivals unmasked",
+        check_rival,
+        promise,
     )
-    name = "verify_attention_with_scores" if scores else "verify_attention"
-    return Case(name, f"B {B}, N {N}, T {T}", moved, run, check, rivals, "rivals unmasked")
 
 
-def _sdpa(backend: SDPBackend, *args: Tensor) -> Tensor:
-    with sdpa_kernel(backend):
-        return F.scaled_dot_product_attention(*args)
+def _verify_with_scores(inputs: Inputs, point: Point) -> Case:
+    return _verify(inputs, point, scores=True)
 
 
-def _select(device: torch.device, B: int, N: int, k: int, small: bool) -> Case:
-    layers = 2 if small else LAYERS
-    # Probabilities, as score_keys gives them.
-    scores = torch.softmax(2 * torch.randn(layers, B, HKV, N, device=device), -1)
-    moved = 4 * scores.numel() + 4 * scores.numel() // N * k
+def _select(inputs: Inputs, point: Point) -> Case:
+    model, k = point.model, point.keys
+    # Probabilities, as score_keys gives them, of all layers: they are selected in one call.
+    shape = model.layers, point.batch, model.kv_heads, point.context
+    scores = torch.softmax(2 * inputs.normal(*shape, dtype=torch.float32), -1)
+    moved = 4 * scores.numel() + 4 * scores.numel() // point.context * k
 
-    def check() -> float:
-        # Random floats tie: torch.topk may take any of the equals, so compare with a sort.
-        got = sk.select_topk(scores, k)
-        order = scores.sort(dim=-1, descending=True, stable=True).indices[..., :k]
-        wanted = order.sort(dim=-1).values.to(torch.int32)
-        return 0.0 if torch.equal(got, wanted) else math.inf
+    def check_rival(rival: Rival, result: Any) -> float:
+        best = scores.gather(-1, sk.select_topk(scores, k).long())
+        theirs = scores.gather(-1, rival.output(result).long())
+        # Equal scores may be taken in any order.
+        same = torch.equal(*(x.sort(-1).values for x in (best, theirs)))
+        return 0.0 if same else math.inf
 
-    rivals = {"torch.topk": lambda: scores.topk(k, dim=-1)}
-    size = f"[{layers * B * HKV}, {N}], k {k}"
-    return Case("select_topk", size, moved, lambda: sk.select_topk(scores, k), check, rivals,
-                "torch.topk sorts by score")  # fmt: skip
+    return Case(
+        moved,
+        lambda: sk.select_topk(scores, k),
+        lambda: checks.select_topk(scores, k, sk.select_topk(scores, k)),
+        rivals.select(scores, k),
+        f"{model.layers} layers",
+        check_rival,
+    )
 
 
-def _sparse(device: torch.device, B: int, N: int, K: int) -> Case:
-    query, key, value, kv_len = _cache(device, B, N, 1)
-    tail = min(64, N // 4)
-    tail_start = kv_len - tail
-    order = torch.rand(B, HKV, N - tail, device=device).argsort(-1)[..., :K]
-    indices = order.sort(-1).values.to(torch.int32)
-    moved = 2 * 2 * B * HKV * (K + tail) * D + 4 * indices.numel() + 4 * query.numel()
+def _sparse(inputs: Inputs, point: Point) -> Case:
+    B, N, K, heads = point.batch, point.context, point.keys, point.model.kv_heads
+    order = torch.rand(B, heads, N - TAIL, generator=inputs.generator, device=inputs.device)
+    indices = order.argsort(-1)[..., :K].sort(-1).values.to(torch.int32)
+    del order
+    given = inputs.attention(point, point.tokens, indices[..., [0, -1]])
+    tail_start = given.kv_len - TAIL
+    moved = 2 * B * heads * (K + TAIL) * point.model.head_dim * given.key.itemsize
+    moved += indices.nbytes + 2 * given.query.nbytes
+    expected: list[checks.Attention] = []
+
+    def right() -> checks.Attention:
+        if not expected:
+            expected.append(checks.sparse(*given[:3], indices, tail_start, given.kv_len))
+        return expected[0]
 
     def run() -> Any:
-        return sk.sparse_attention(query, key, value, indices, tail_start, kv_len)
+        return sk.sparse_attention(*given[:3], indices, tail_start, given.kv_len)
 
-    def check() -> float:
-        worst = 0.0
-        results = run()
-        for row in _rows(query, key, value, indices, tail_start, kv_len, *results):
-            with torch.device(device):
-                exact = reference.sparse_attention(*row[:6])
-                plain = reference.sparse_attention(*row[:6], dtype=DTYPE)
-            worst = max(worst, _excess(row[6], exact[0], plain[0], 2**-8))
-            worst = max(worst, _excess(row[7], exact[1], exact[1].float(), 1e-4))
-        return worst
-
-    tail_at = torch.arange(N - tail, N, device=device).expand(B, HKV, tail)
-    slots = torch.cat((indices.long(), tail_at), -1)[..., None].expand(-1, -1, -1, D)
-    packed = query.view(B, HKV, HQ // HKV, D)
-
-    def gathered() -> Tensor:
-        return F.scaled_dot_product_attention(packed, key.gather(2, slots), value.gather(2, slots))
-
-    size = f"B {B}, N {N}, K {K} + {tail}"
-    return Case("sparse_attention", size, moved, run, check, {"gather + sdpa": gathered})
+    return Case(
+        moved,
+        run,
+        lambda: right().of_ours(*run()),
+        rivals.sparse(given, indices, TAIL),
+        f"and the last {TAIL} keys",
+        lambda rival, result: right().of_rival(rival.output(result), rival.causal),
+    )
 
 
-def _int4_linear(device: torch.device, rows: int, shape: tuple[int, int]) -> Case:
-    """PyTorch's matmul with the 4-bit weights of a draft, beside that with bfloat16 ones."""
-    weight = torch.randn(shape, device=device, dtype=DTYPE) / shape[1] ** 0.5
-    given = torch.randn(rows, shape[1], device=device, dtype=DTYPE)
+def _score(inputs: Inputs, point: Point) -> Case:
+    query, key, _, kv_len = inputs.attention(point, SCORING)
+    B, heads, N = key.shape[:3]
+    work = 4 * B * query.shape[1] * SCORING * N * key.shape[3] / 1e9
+
+    def error(got: Tensor) -> float:
+        return checks.score_keys(query, key, kv_len, got)
+
+    return Case(
+        key.nbytes + query.nbytes + 4 * B * heads * N,
+        lambda: sk.score_keys(query, key, kv_len),
+        lambda: error(sk.score_keys(query, key, kv_len)),
+        rivals.scoring(query, key),
+        f"W {SCORING}, {work:.0f} GFLOP in two passes",
+        lambda rival, result: error(rival.output(result)),
+    )
+
+
+def _int4_linear(inputs: Inputs, point: Point) -> Case:
+    """PyTorch's matmul with the 4-bit weights of a draft, beside that with whole ones."""
+    shape = point.matrix_shape
+    weight = inputs.normal(*shape) / shape[1] ** 0.5
+    given = inputs.normal(point.batch, shape[1])
     copy = quantize.quantize(weight)
     packed = quantize.pack(copy.values)
-    moved = quantize.nbytes(*shape) + 2 * rows * sum(shape)
+    moved = quantize.nbytes(*shape) + given.itemsize * point.batch * sum(shape)
 
     def run() -> Tensor:
         return quantize.linear(given, packed, copy.scales, copy.group, None)
 
     def check() -> float:
-        rounded = quantize.dequantize(copy)
-        worst = 0.0
+        worst, rounded = 0.0, quantize.dequantize(copy)
         for part, got in zip(rounded.split(4096), run().split(4096, dim=1)):
             exact = F.linear(given.double(), part.double())
-            worst = max(worst, _excess(got, exact, F.linear(given, part.to(DTYPE)), 2**-8))
+            plain = F.linear(given.bfloat16(), part.bfloat16())  # what the kernel works in
+            error = float((plain.double() - exact).abs().max())
+            worst = max(worst, checks.excess(got, exact, error, 2.0**-8))
         return worst
 
-    size = f"{rows} x [{shape[0]}, {shape[1]}]"
-    rivals = {"bfloat16 weights": lambda: F.linear(given, weight)}
-    return Case("int4 linear", size, moved, run, check, rivals, "of PyTorch; GB/s of 4-bit bytes")
+    kind = str(inputs.dtype).removeprefix("torch.")
+    note = f"PyTorch's; GB/s of 4-bit bytes; dense: {kind}"
+    return Case(moved, run, check, rivals.linear(given, weight), note)
 
 
-def _score(device: torch.device, B: int, N: int, W: int) -> Case:
-    query, key, _, kv_len = _cache(device, B, N, W)
-    moved = key.numel() * 2 + query.numel() * 2 + 4 * B * HKV * N
-
-    def check() -> float:
-        worst = 0.0
-        for row in _rows(query, key, kv_len, sk.score_keys(query, key, kv_len)):
-            with torch.device(device):
-                exact = reference.score_keys(*row[:3])
-                plain = reference.score_keys(*row[:3], dtype=torch.float32)
-            worst = max(worst, _excess(row[3], exact, plain, 1e-6))
-        return worst
-
-    ahead = torch.ones(W, W, dtype=torch.bool, device=device).triu(1).repeat(HQ // HKV, 1)
-
-    def eager() -> Tensor:
-        rows = query.view(B, HKV, HQ // HKV * W, D)
-        logits = (rows @ key.mT).float() * D**-0.5
-        logits[..., N - W :].masked_fill_(ahead, -math.inf)
-        return logits.softmax(-1).mean(2)
-
-    size = f"B {B}, N {N}, W {W}"
-    work = f"{4 * B * HQ * W * N * D / 1e9:.0f} GFLOP in two passes"
-    return Case("score_keys", size, moved, lambda: sk.score_keys(query, key, kv_len), check,
-                {"eager": eager}, work)  # fmt: skip
+_CASES: dict[str, Callable[[Inputs, Point], Case]] = {
+    "verify_attention": _verify,
+    "verify_attention_with_scores": _verify_with_scores,
+    "select_topk": _select,
+    "sparse_attention": _sparse,
+    "score_keys": _score,
+    "int4_linear": _int4_linear,
+}

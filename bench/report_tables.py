@@ -206,7 +206,7 @@ def _kernel_cells(ours: Record, rival: Record) -> list[str]:
         ours.get("shape", "-"),
         ours["size"],
         f"{ours['cold_ms']:.3g}",
-        f"{ours['gb_per_s']:.0f}",
+        f"{ours['gb_per_s']:.3g}",
         f"{ours['of_copy']:.0%}",
         rival["what"],
         f"{rival['cold_ms']:.3g}",

@@ -48,7 +48,7 @@ def test_a_part_that_hangs_is_stopped_and_costs_nothing_else(tmp_path, capfd):
 
 def test_it_goes_on_where_it_was_cut_off(tmp_path, about, capfd):
     """Decoding has no time at first; then its file is cut off in the middle of a line."""
-    prefill, late = gpu.Part("prefill", 60, PREFILL), gpu.Part("decode", 0, DECODE, grace=60)
+    prefill, late = gpu.Part("prefill", 200, PREFILL), gpu.Part("decode", 0, DECODE, grace=200)
     assert gpu.run_parts(tmp_path, about, [prefill, late], resume=False) == 0
     path = records.file_of(tmp_path, "round", about["device"])
     first, second = records.read(path)[1:]
@@ -58,7 +58,7 @@ def test_it_goes_on_where_it_was_cut_off(tmp_path, about, capfd):
     assert "out of time" in decoded.read_text()
     capfd.readouterr()
 
-    parts = [prefill, gpu.Part("decode", 60, DECODE)]
+    parts = [prefill, gpu.Part("decode", 200, DECODE)]
     assert gpu.run_parts(tmp_path, about, parts, resume=True) == 0
     told = capfd.readouterr().out
     assert "prefill: complete since" in told and "prefill: exit" not in told
