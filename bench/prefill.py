@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import sys
 import time
 from collections.abc import Callable
@@ -15,6 +14,7 @@ from typing import Any
 
 from bench.decode import between
 from bench.models import SHAPES
+from bench.records import in_words, markdown_table
 
 _HELP = """\
 Times generate with one new token, patched and unpatched: reading the prompt and choosing the
@@ -34,7 +34,8 @@ call was waited for; "of unpatched" is what they come to together. The rest of t
 writing keys and values into larger buffers, and noise. "same" is whether both sides chose the same
 first token in every run.
 
-Writes into DIR as it goes: prefill.jsonl (a record per length) and prefill.md (a table).
+Writes into DIR as it goes: prefill-DEVICE.jsonl (a record per length) and .md (a table). --resume
+keeps the lengths that an earlier run of the same sources, device and options has written there.
 Exit status: 0, 1 if a first token differed in float32, 2 if it cannot run here. Being slow is no
 error: look at the table."""
 _EXAMPLES = """\
@@ -69,6 +70,7 @@ def add_parser(commands: Any) -> None:
     add("--seconds", type=between(float, 0, 2**31), default=600.0, metavar="T",
         help="time box; what does not fit is listed as skipped (default 600)")  # fmt: skip
     add("--seed", type=int, default=0, help="of clip, weights and prompt (default 0)")
+    add("--resume", action="store_true", help="go on where a run into DIR was cut off")
     add("--out", type=Path, metavar="DIR", help="where to write (default: only print)")
     parser.set_defaults(run=run)
 
@@ -77,7 +79,7 @@ def run(options: argparse.Namespace) -> int:
     import torch
     from rich.console import Console
 
-    from bench.decode import environment
+    from bench.records import Journal, environment, file_of
 
     deadline = time.monotonic() + options.seconds
     kind = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -87,20 +89,29 @@ def run(options: argparse.Namespace) -> int:
         return 2
     device = torch.device(kind)
     dtype = torch.bfloat16 if kind == "cuda" and options.shape else torch.float32
-    options.new_tokens = 1
-    about = environment(options, device, dtype, None) | {"shape": options.shape or "demo model"}
-    records: list[dict[str, Any]] = []
+    about = environment(
+        device,
+        shape=options.shape or "demo model",
+        dtype=str(dtype).removeprefix("torch."),
+        pairs=options.pairs,
+        top_k_keys=options.top_k_keys,
+        seed=options.seed,
+    )
+    path = None if options.out is None else file_of(options.out, "prefill", about["device"])
+    complete = (lambda record: "ratio" in record) if options.resume else None
+    journal = Journal(path, about, complete)
+    known = {record["tokens"] for record in journal.records[1:]}
     console = Console(width=None if sys.stdout.isatty() else 160)
     model, prompt = _demo(device, options.seed) if options.shape is None else _random(
         options.shape, dtype, device, options.seed
     )  # fmt: skip
-    for tokens in options.tokens:
+    for tokens in sorted({*options.tokens} - known):
         with console.status(f"{tokens} tokens"):
-            records.append(_length(model, prompt, tokens, options, device, deadline))
-        _write(options.out, about, records)
-    console.print(_headline(about))
-    console.print(_table(records))
-    wrong = any(record.get("same") is False for record in records)
+            journal.keep(_length(model, prompt, tokens, options, device, deadline))
+        _write(path, journal)
+    console.print(_headline(journal.about))
+    console.print(_table(journal.records[1:]))
+    wrong = any(record.get("same") is False for record in journal.records[1:])
     return 1 if wrong and dtype == torch.float32 else 0
 
 
@@ -132,10 +143,10 @@ def _random(
 ) -> tuple[Any, Callable[[int], dict[str, Any]]]:
     import torch
 
-    from bench import shapes
+    from bench import prompts, shapes
 
     model = shapes.build(SHAPES[name], dtype, device, seed)
-    most = SHAPES[name].vocabulary - shapes.SPECIAL
+    most = SHAPES[name].vocabulary - prompts.SPECIAL
 
     def prompt(tokens: int) -> dict[str, Any]:
         generator = torch.Generator().manual_seed(seed)
@@ -258,12 +269,7 @@ def _cells(record: dict[str, Any]) -> list[str]:
 
 
 def _headline(about: dict[str, Any]) -> str:
-    threads = f", {about['threads']} threads" if about["threads"] else ""
-    return (
-        f"{about['shape']}, {about['dtype']}, batch 1, on {about['device']}{threads}; torch "
-        f"{about['torch']}, transformers {about['transformers']}, commit {about['commit']}, "
-        f"{about['date']}."
-    )
+    return f"{about['shape']}, {about['dtype']}, batch 1, on {in_words(about)}."
 
 
 def _table(records: list[dict[str, Any]]) -> Any:
@@ -275,16 +281,12 @@ def _table(records: list[dict[str, Any]]) -> Any:
     return shown
 
 
-def _write(out: Path | None, about: dict[str, Any], records: list[dict[str, Any]]) -> None:
-    if out is None:
+def _write(path: Path | None, journal: Any) -> None:
+    if path is None:
         return
-    out.mkdir(parents=True, exist_ok=True)
-    lines = [json.dumps(record) + "\n" for record in (about, *records)]
-    (out / "prefill.jsonl").write_text("".join(lines), encoding="utf-8")
-    rows = [_HEAD, ["---"] * len(_HEAD), *map(_cells, records)]
     text = [
-        "# Time to the first token, patched beside unpatched", "", _headline(about),
+        "# Time to the first token, patched beside unpatched", "", _headline(journal.about),
         "How it is timed: `python -m bench prefill --help`.", "",
-        *("| " + " | ".join(row) + " |" for row in rows),
+        *markdown_table(_HEAD, map(_cells, journal.records[1:])),
     ]  # fmt: skip
-    (out / "prefill.md").write_text("\n".join(text) + "\n", encoding="utf-8")
+    path.with_suffix(".md").write_text("\n".join(text) + "\n", encoding="utf-8")

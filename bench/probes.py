@@ -105,6 +105,49 @@ def forced_drafts(planned: Tensor) -> Iterator[None]:
         yield
 
 
+class Lookup:
+    """Watches transformers' prompt lookup in the one generate call made within `watch`.
+
+    Its first pass reads the prompt, and drafts besides; what is told here is of the others.
+
+    Attributes:
+        seconds, tokens, drafted, passes: from the first pass's end to the call's end.
+    """
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self._begun: list[tuple[float, int, int]] = []  # when, tokens there, tokens drafted
+
+    @contextmanager
+    def watch(self) -> Iterator[None]:
+        from transformers.generation.candidate_generator import PromptLookupCandidateGenerator
+
+        with replaced(PromptLookupCandidateGenerator, "get_candidates", self._around):
+            yield
+        synchronize(self.device)
+        self._ended = time.perf_counter()
+
+    def _around(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        def get_candidates(generator: Any, input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
+            synchronize(self.device)
+            now = time.perf_counter()
+            found = original(generator, input_ids, *args, **kwargs)
+            there = input_ids.shape[1]
+            self._begun.append((now, there, found[0].shape[1] - there))
+            return found
+
+        return get_candidates
+
+    def settle(self, total: int) -> None:
+        """Work out the figures; `total` tokens are there at the end, the prompt's too."""
+        if len(self._begun) < 2:
+            raise RuntimeError("prompt lookup took one pass for all tokens: nothing to time")
+        start, before, _ = self._begun[1]
+        self.seconds, self.tokens = self._ended - start, total - before
+        self.passes = len(self._begun) - 1
+        self.drafted = sum(drafted for _, _, drafted in self._begun[1:])
+
+
 # Passes
 
 

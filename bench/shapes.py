@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import copy
+import json
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from bench.models import SHAPES, Shape
 from std_decode import last_stats
@@ -26,7 +25,18 @@ _CLASSES = {
     "llava_onevision": "LlavaOnevision",
     "llava_next_video": "LlavaNextVideo",
 }
-SPECIAL = 8  # last ids of the vocabulary, which prompts leave to the visual placeholders
+
+
+def shape_of(name: str) -> Shape:
+    """Of `SHAPES`, or that of the demo model's checkpoint."""
+    if name != "demo":
+        return SHAPES[name]
+    from std_decode.demo.model import FOLDER
+
+    text = json.loads((FOLDER / "config.json").read_text(encoding="utf-8"))["text_config"]
+    names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+             "intermediate_size", "vocab_size")  # fmt: skip
+    return Shape("qwen2_vl", *(text[name] for name in names))
 
 
 def model_class_and_config(shape: Shape) -> tuple[Any, Any]:
@@ -90,6 +100,18 @@ def model_class_and_config(shape: Shape) -> tuple[Any, Any]:
     return getattr(transformers, f"{name}ForConditionalGeneration"), config
 
 
+def demo_model(dtype: torch.dtype, device: torch.device) -> Any:
+    """The demo model with its trained weights; its texts go on after they have ended."""
+    from transformers.utils.logging import disable_progress_bar
+
+    from std_decode.demo.model import load_model
+
+    disable_progress_bar()  # of loading weights: a flash of one line for a model this small
+    model = load_model().to(device=device, dtype=dtype)
+    model.generation_config.eos_token_id = None  # every run is as long as asked for
+    return model
+
+
 def build(shape: Shape, dtype: torch.dtype, device: torch.device, seed: int) -> Any:
     """The model with random weights; the device itself makes them, which takes a second."""
     cls, config = model_class_and_config(shape)
@@ -110,13 +132,17 @@ class Needs:
     activations: int  # of reading the prompt, one row
     free: int
     twins: int = 0  # 4-bit copies of the weights
+    rows: int = 1
 
     @property
     def total(self) -> int:
-        # The prompt's cache is kept for the next run while a run works on its own. The tenth on
-        # top is for growth, for one layer that is there twice, and for the libraries.
-        counted = self.weights + self.twins + 2 * self.kv + self.activations
-        return int(1.1 * counted) + (1 << 26)
+        # The prompt's cache is kept for the next run while a run works on its own; of a batch, the
+        # row that was read too. It is read one row at a time, beside what was read before. The
+        # tenth on top is for growth, for one layer that is there twice, and for the libraries.
+        row = self.kv // self.rows
+        decoding = 2 * self.kv + (row if self.rows > 1 else 0)
+        reading = 2 * row + self.activations
+        return int(1.1 * (self.weights + self.twins + max(decoding, reading))) + (1 << 26)
 
     def __str__(self) -> str:
         numbers = [self.total, self.weights, self.kv, self.free]
@@ -138,7 +164,8 @@ def needs(
     kv = batch * tokens * kv_bytes(shape, dtype)
     activations = 4 * tokens * shape.intermediate * dtype.itemsize
     copies = round(shape.stored_bytes(True) - shape.stored_bytes(False)) if twins else 0
-    return Needs(parameter_bytes(shape, dtype), kv, activations, free_memory(device), copies)
+    free = free_memory(device)
+    return Needs(parameter_bytes(shape, dtype), kv, activations, free, copies, batch)
 
 
 @lru_cache
@@ -170,82 +197,3 @@ def draft_weight_bytes(model: Any) -> int:
     stats = last_stats(model)
     twins = stats.draft_weight_bytes if stats is not None else 0
     return weight_bytes(model) - sum(layer.weight.nbytes for layer in layers) + twins
-
-
-class Prompt:
-    """A prompt that was read once. Each run goes on from its cache and reads one token more.
-
-    One row of random tokens is read and repeated over the batch, as memory of its own: rows differ
-    in the newest token only, and decoding costs the same whatever the tokens are.
-
-    Attributes:
-        ids: the tokens with the newest one, ``[B, context + 1]``.
-        nbytes: of the cache that is kept; transformers' own user would not keep it.
-    """
-
-    def __init__(self, model: Any, context: int, seed: int):
-        self.model, self.context = model, context
-        self.vocabulary = model.get_decoder().config.vocab_size
-        self.generator = torch.Generator().manual_seed(seed)
-        self.row = self._words(1, context)
-        options = {"max_new_tokens": 1, "do_sample": False, "return_dict_in_generate": True}
-        ones = torch.ones_like(self.row)
-        self.read = model.generate(self.row, attention_mask=ones, **options).past_key_values
-        self.repeat(1)
-
-    def _words(self, rows: int, count: int) -> Tensor:
-        most = self.vocabulary - SPECIAL
-        words = torch.randint(2, most, (rows, count), generator=self.generator)
-        return words.to(self.model.device)
-
-    def repeat(self, batch: int) -> None:
-        """Give the prompt `batch` rows."""
-        self.ids = torch.cat([self.row.expand(batch, -1), self._words(batch, 1)], dim=1)
-        self.ones = torch.ones_like(self.ids)
-        self.cache = self.read
-        if batch > 1:
-            self.cache = self.dynamic()
-            for layer in self.cache.layers:
-                layer.keys = layer.keys.repeat(batch, 1, 1, 1)
-                layer.values = layer.values.repeat(batch, 1, 1, 1)
-        caches = {id(self.read): self.read, id(self.cache): self.cache}.values()
-        self.nbytes = sum(x.keys.nbytes + x.values.nbytes for c in caches for x in c.layers)
-
-    def dynamic(self) -> Any:
-        """A DynamicCache of the prompt. It shares the tensors, which no run writes into."""
-        cache = copy.copy(self.cache)
-        cache.layers = [copy.copy(layer) for layer in self.cache.layers]
-        return cache
-
-    def static(self, new_tokens: int) -> Any:
-        """A StaticCache of the prompt with room for one token and `new_tokens` more."""
-        from transformers import StaticCache
-
-        config = self.model.config.get_text_config(decoder=True)
-        cache = StaticCache(config=config, max_cache_len=self.context + 1 + new_tokens)
-        for index, layer in enumerate(self.cache.layers):
-            cache.update(layer.keys, layer.values, index)
-        return cache
-
-    def rewind(self, cache: Any) -> Any:
-        """Take back what a run has put into a StaticCache. It stays where it is in memory."""
-        for layer in cache.layers:
-            layer.keys[:, :, self.context :] = 0
-            layer.values[:, :, self.context :] = 0
-            layer.cumulative_length.fill_(self.context)
-        return cache
-
-    def generate(self, new_tokens: int, cache: Any = None, **options: Any) -> Any:
-        """What ``model.generate`` returns for the prompt, greedy."""
-        return self.model.generate(
-            self.ids,
-            attention_mask=self.ones,
-            past_key_values=self.dynamic() if cache is None else cache,
-            max_new_tokens=new_tokens,
-            do_sample=False,
-            **options,
-        )
-
-    def tokens(self, new_tokens: int, cache: Any = None) -> Tensor:
-        """The generated tokens, ``[B, new_tokens]``."""
-        return self.generate(new_tokens, cache)[:, self.ids.shape[1] :]

@@ -2,7 +2,6 @@
 
 import argparse
 import itertools
-import json
 import signal
 import time
 from types import SimpleNamespace
@@ -11,7 +10,7 @@ import pytest
 import torch
 
 import std_decode
-from bench import cell, decode, gpu, probes, shapes, tables
+from bench import cell, decode, probes, prompts, records, shapes, tables
 from bench.__main__ import main
 from std_decode.loop import Decoding
 
@@ -22,8 +21,8 @@ WAYS = {
     "ours, forced acceptance 0.2",
     "transformers generate, static cache",
 }
-QUICK = ["--quick", "--context", "150", "--new-tokens", "20", "--runs", "1", "--top-k-keys", "32",
-         "--acceptance", "0.2"]  # fmt: skip
+QUICK = ["--quick", "--shape", "tiny", "--batch", "1", "--context", "150", "--new-tokens", "20",
+         "--runs", "1", "--top-k-keys", "32", "--acceptance", "0.2"]  # fmt: skip
 
 
 @pytest.fixture
@@ -39,9 +38,8 @@ def bench(tmp_path, monkeypatch):
             parser = argparse.ArgumentParser()
             decode.add_parser(parser.add_subparsers())
             status = decode.run(parser.parse_args(command), clock)
-        path = tmp_path / "decode.jsonl"
-        lines = path.read_text().splitlines() if path.exists() else []
-        return status, [json.loads(line) for line in lines]
+        files = list(tmp_path.glob("decode-*.jsonl"))
+        return status, records.read(files[0]) if files else []
 
     return call
 
@@ -53,7 +51,7 @@ def model():
 
 @pytest.fixture
 def prompt(model):
-    return shapes.Prompt(model, 150, seed=0)
+    return prompts.Prompt(model, 150, seed=0)
 
 
 def of(records, kind, batch=1):
@@ -73,14 +71,15 @@ def test_a_grid_from_end_to_end(bench, tmp_path, capsys):
         assert set(passes) == {"step", "dense", "draft", "verify"}
         assert all(record["kernels"] > 20 for record in passes.values())
         assert passes["draft"]["bytes"] < passes["verify"]["bytes"] == passes["dense"]["bytes"]
-    text = (tmp_path / "decode.md").read_text()
+    (path,) = tmp_path.glob("decode-*.md")
+    text = path.read_text()
     assert text.count("ours, forced acceptance 0.2") == 8  # in both batches' rows of each table
     assert "forced acceptance" in capsys.readouterr().out
 
 
 def test_drafts_with_4_bit_weights(bench, monkeypatch):
     """Beside those with the model's own: the same tokens, and fewer bytes counted for a draft."""
-    asked = ("--draft-weights", "own", "int4", "--ways", "dense", "forced", "--top-k-keys", "32")
+    asked = ("--draft-weights", "own", "int4", "--ways", "dense", "drafts", "--top-k-keys", "32")
     status, records = bench(*asked)
     assert status == 0
     decoded = {record["what"]: record for record in of(records, "decode")}
@@ -129,8 +128,10 @@ def make_cell(prompt, **changes):
     options = argparse.Namespace(
         **{**given, "top_k_keys": [32], "ways": decode.WAYS, "draft_weights": ["own"], **changes}
     )
-    results = tables.Results(None, 2)
-    return cell.Cell(prompt, options, results, CPU, 1.0, time.monotonic, time.monotonic() + 99)
+    results = tables.Results(None, {})
+    return cell.Cell(
+        prompt, "tiny", options, results, CPU, 1.0, time.monotonic, time.monotonic() + 99
+    )
 
 
 def test_drafts_follow_what_verification_chooses(prompt):
@@ -185,7 +186,7 @@ def test_running_as_unpatched_is_reported_and_not_timed(bench, monkeypatch):
 
 
 def test_only_the_ways_asked_for(bench):
-    _, records = bench("--ways", "forced", "no-graphs")
+    _, records = bench("--ways", "drafts", "no-graphs")
     whats = {record["what"] for record in of(records, "decode")}
     assert whats == {"transformers generate", "ours, forced acceptance 0.2"}
 
@@ -195,14 +196,14 @@ def test_copy_bandwidth_is_measured():
 
 
 def test_a_failure_costs_nothing_else(bench, monkeypatch):
-    monkeypatch.setattr(shapes.Prompt, "static", lambda *_: 1 / 0)
-    status, records = bench("--ways", "static", "forced")
+    monkeypatch.setattr(prompts.Prompt, "static", lambda *_: 1 / 0)
+    status, records = bench("--ways", "static", "drafts")
     states = {record["what"]: record["status"] for record in of(records, "decode")}
     assert len(states) == 3
     assert states.pop("transformers generate, static cache").startswith("failed: ZeroDivisionErr")
     assert status == 0 and set(states.values()) == {"ok"}  # a rival may fail
     monkeypatch.setattr(cell.Cell, "calibrate", lambda *_: 1 / 0)
-    assert bench("--ways", "forced")[0] == 1
+    assert bench("--ways", "drafts")[0] == 1
 
 
 def test_more_ways_on_a_gpu(prompt, monkeypatch):
@@ -232,7 +233,7 @@ def test_what_does_not_fit_the_time_box_is_listed(bench):
     (only,) = of(records, "decode")
     assert status == 0 and only["status"] == "skipped: out of time"
     ticks = itertools.count()
-    status, records = bench("--seconds", "4", clock=lambda: next(ticks))
+    status, records = bench("--seconds", "9", clock=lambda: next(ticks))
     states = [(record["what"], record["status"]) for record in of(records, "decode")]
     done = [what for what, state in states if state == "ok"]
     assert status == 0 and done == ["transformers generate"]
@@ -282,7 +283,7 @@ def test_families_decode(family):
     more = {"head_dim": 32} if family.startswith("qwen3") else {}
     more |= {"experts": 4, "experts_per_token": 2} if family.endswith("moe") else {}
     shape = shapes.Shape(family, 64, 2, 4, 2, 96, 128, 1e4, 0.2, **more)
-    prompt = shapes.Prompt(shapes.build(shape, torch.float32, CPU, 0), 40, seed=0)
+    prompt = prompts.Prompt(shapes.build(shape, torch.float32, CPU, 0), 40, seed=0)
     one = make_cell(prompt, new_tokens=12)
     one.run()
     states = {record["what"]: record["status"] for record in one.results.of("decode")}
@@ -337,7 +338,7 @@ def test_wrong_arguments(bench, capsys, arguments, message):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--shape", "gpt"], "--shape is gpt, expected one of qwen2-vl-7b"),
+        (["--shape", "gpt"], "--shape is gpt, expected one of demo, qwen2-vl-7b"),
         (["--device", "tpu"], "--device is tpu, expected cuda or cpu"),
     ],
 )
@@ -347,10 +348,121 @@ def test_settings_that_are_not_there(bench, capsys, arguments, message):
     assert error.count("\n") == 1 and message in error
 
 
-def test_the_gpu_round_survives_decoding(tmp_path, capfd):
-    options = [*QUICK, "--device", "cpu"]
-    assert not gpu.time_part("decode", tmp_path, 0.2, options, grace=0)
-    assert "decode: stopped after 0 s" in capfd.readouterr().out
-    assert gpu.time_part("decode", tmp_path, 0, options, grace=60)
-    assert "skipped: out of time" in (tmp_path / "decode.md").read_text()
-    assert "decode: exit status 0" in capfd.readouterr().out
+# The demo model
+
+DEMO = ["--shape", "demo", "--context", "256", "--new-tokens", "21", "--top-k-keys", "8"]
+
+
+def test_the_demo_model_from_end_to_end(bench, tmp_path, monkeypatch):
+    """Acceptance is its own: nothing is forced, and the clips are narrated."""
+    monkeypatch.setattr(probes, "forced_drafts", None)
+    ways = ("--ways", "dense", "drafts", "lookup", "--batch", "1", "2")
+    status, found = bench(*DEMO, *ways)
+    assert status == 0
+    for batch in (1, 2):
+        decoded = {record["what"]: record for record in of(found, "decode", batch)}
+        expected = {"transformers generate", "ours, dense", "ours, measured acceptance"}
+        assert set(decoded) == expected | ({cell.LOOKUP} if batch == 1 else set())
+        for record in decoded.values():
+            assert record["status"] == "ok" and record["shape"] == "demo"
+            assert record["same_as_transformers"] == f"{21 * batch} of {21 * batch}"
+            assert record["attributes_right"] > 0.5
+        drafting = decoded["ours, measured acceptance"]
+        assert drafting["acceptance_is"] == "measured" and "acceptance" not in drafting
+        assert 0 < drafting["accepted_of_drafted"] <= 1 < drafting["tokens_per_pass"] <= 5
+        stages = drafting["stage_ms"]
+        assert all(stages[name] > 0 for name in ("draft", "verify", "select"))
+    first = {record["what"]: record["first_token_s"] for record in of(found, "first")}
+    assert set(first) == {"transformers generate", "ours, dense", "ours, drafting"}
+    (path,) = tmp_path.glob("decode-*.md")
+    assert "acceptance is measured" in path.read_text() and "is forced" not in path.read_text()
+    (picture,) = tmp_path.glob("decode-*.png")
+    assert picture.stat().st_size > 10_000
+
+
+@pytest.fixture(scope="module")
+def narrations():
+    model = shapes.demo_model(torch.float32, CPU)
+    return prompts.DemoPrompt(model, 256, seed=3, events=4)
+
+
+def test_a_narration_goes_on_as_if_the_clip_had_been_read_at_once(narrations):
+    narrations.repeat(2)
+    whole = narrations.from_nothing(21)
+    assert torch.equal(narrations.tokens(21)[:1], whole)
+    assert torch.equal(narrations.tokens(21, narrations.static(21))[:1], whole)
+    right = narrations.right(narrations.tokens(21))
+    assert right > 0.5 > narrations.right(narrations.tokens(21).flip(0))  # each row its own clip
+    with std_decode.patched(narrations.model, draft_length=4, top_k_keys=16):
+        assert torch.equal(narrations.tokens(21)[:1], whole)
+        assert std_decode.last_stats(narrations.model).reused_tokens == narrations.cached
+
+
+def test_what_prompt_lookup_did_is_counted(narrations):
+    lengths = []
+    hook = narrations.model.register_forward_pre_hook(
+        lambda model, args, kwargs: lengths.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+    )
+    look = probes.Lookup(CPU)
+    with look.watch():
+        tokens = narrations.from_nothing(21, prompt_lookup_num_tokens=4)
+    hook.remove()
+    total = narrations.whole["input_ids"].shape[1] + tokens.shape[1]
+    look.settle(total)
+    # Each pass but the first reads the pending token and what was looked up.
+    assert look.passes == len(lengths) - 1 and look.drafted == sum(lengths[1:]) - look.passes
+    assert look.passes <= look.tokens <= 20 and 0 < look.seconds < 60
+    with pytest.raises(RuntimeError, match="one pass for all"):
+        once = probes.Lookup(CPU)
+        with once.watch():
+            narrations.from_nothing(1, prompt_lookup_num_tokens=4)
+        once.settle(total)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--context", "82"], "--context is 82, expected a multiple of 4"),
+        (["--context", "12"], "--context is 12, expected 16 to 16384"),
+        (["--context", "20000"], "--context is 20000, expected 16 to 16384"),
+        (["--new-tokens", "400", "--context", "4000"], "--new-tokens is 400, expected at most"),
+    ],
+)
+def test_clips_that_the_camera_cannot_film(bench, capsys, arguments, message):
+    changed = ["--context", "80", *arguments]
+    if "12" in arguments:
+        with pytest.raises(SystemExit):  # too short for any prompt
+            bench(*DEMO, *changed)
+        return
+    assert bench(*DEMO, *changed) == (2, [])
+    assert message in capsys.readouterr().err
+
+
+# Going on
+
+
+def test_it_goes_on_where_it_was_cut_off(bench, tmp_path):
+    ways = ("--ways", "dense", "drafts", "--context", "150", "--new-tokens", "12")
+    _, whole = bench(*ways)
+    (path,) = tmp_path.glob("decode-*.jsonl")
+    lines = path.read_text().splitlines(keepends=True)
+    # Nothing is left to do: nothing is done.
+    assert bench(*ways, "--resume")[1] == whole
+    # The passes of the last way were not all written.
+    path.write_text("".join(lines[:-1]) + lines[-1][:30])
+    status, found = bench(*ways, "--resume")
+    assert status == 0 and found[:-1] == whole[:-1]
+    last = ("what", "pass", "context")
+    assert [found[-1][x] for x in last] == [whole[-1][x] for x in last] and found[-1] != whole[-1]
+    # Another seed is another run.
+    assert bench(*ways, "--resume", "--seed", "5")[1][1] != whole[1]
+
+
+def test_a_machine_too_busy_to_time_is_told(prompt, monkeypatch):
+    one = make_cell(prompt, new_tokens=12, ways=["dense"])
+    spans = iter([0.01] * 4 + [1.0] * 90)
+    monkeypatch.setattr(probes, "seconds", lambda call, device: call() is None or next(spans))
+    monkeypatch.setattr(one, "first_use", lambda call: (0.0, call()))
+    one.run()
+    states = [record["status"] for record in one.results.of("decode")]
+    assert states[-1] == "skipped: the machine is too busy to time it" and not one.results.bad

@@ -1,13 +1,12 @@
 """`bench prefill` on the CPU: both sides run, take turns, are compared and tabled."""
 
 import argparse
-import json
 
 import pytest
 import torch
 
 import std_decode
-from bench import gpu, prefill
+from bench import prefill, records
 from bench.__main__ import main
 
 TINY = ["--shape", "tiny", "--device", "cpu"]
@@ -19,25 +18,41 @@ def bench(tmp_path):
 
     def call(*arguments):
         status = main(["prefill", *arguments, "--out", str(tmp_path)])
-        path = tmp_path / "prefill.jsonl"
-        lines = path.read_text().splitlines() if path.exists() else []
-        return status, [json.loads(line) for line in lines]
+        files = list(tmp_path.glob("prefill-*.jsonl"))
+        return status, records.read(files[0]) if files else []
 
     return call
 
 
 @pytest.mark.parametrize("model", [TINY, ["--device", "cpu"]], ids=["tiny", "demo"])
 def test_lengths_from_end_to_end(bench, tmp_path, capsys, model):
-    status, (about, *records) = bench(*model, "--tokens", "200", "320", "--pairs", "2",
-                                      "--top-k-keys", "32")  # fmt: skip
+    few = ("--tokens", "200", "320", "--pairs", "2", "--top-k-keys", "32")
+    status, (about, *found) = bench(*model, *few)
     assert status == 0 and about["device"] != "cuda"
-    assert [record["tokens"] for record in records] == [200, 320]
-    for record in records:
+    assert [record["tokens"] for record in found] == [200, 320]
+    for record in found:
         assert record["pairs"] == 2 and record["same"] and record["note"] == ""
         assert 0 < record["scoring_ms"] and 0 < record["selecting_ms"]
         assert record["ratio_p20"] <= record["ratio"] <= record["ratio_p80"]
-    assert (tmp_path / "prefill.md").read_text().count("| 2 |") == 2
+    (path,) = tmp_path.glob("prefill-*.md")
+    assert path.read_text().count("| 2 |") == 2
     assert "Time to the first token" in capsys.readouterr().out
+
+
+def test_it_goes_on_where_it_was_cut_off(bench, monkeypatch):
+    bench(*TINY, "--tokens", "120", "--pairs", "1")
+    timed = []
+    monkeypatch.setattr(
+        prefill, "_length", lambda *given: timed.append(given[2]) or {"tokens": given[2]}
+    )
+    monkeypatch.setattr(prefill, "_cells", lambda record: [])
+    _, (about, first, second) = bench(*TINY, "--tokens", "120", "140", "--pairs", "1", "--resume")
+    assert timed == [140] and "ratio" in first and first["tokens"] == 120
+    # Another number of pairs is another run; and without --resume all is done again.
+    bench(*TINY, "--tokens", "120", "--pairs", "2", "--resume")
+    assert timed == [140, 120]
+    assert len(bench(*TINY, "--tokens", "120", "--pairs", "2")[1]) == 2
+    assert timed == [140, 120, 120]
 
 
 def test_the_sides_take_turns_and_the_model_is_left_alone(monkeypatch):
@@ -83,10 +98,3 @@ def test_without_a_gpu_cuda_is_refused(bench, capsys, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert bench("--device", "cuda") == (2, [])
     assert "use cpu" in capsys.readouterr().err
-
-
-def test_the_gpu_round_knows_it():
-    parser = argparse.ArgumentParser()
-    prefill.add_parser(parser.add_subparsers())
-    options = parser.parse_args(["prefill", *gpu.PREFILL])
-    assert options.shape in gpu.DECODING and max(options.tokens) == 25000

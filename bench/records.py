@@ -1,0 +1,136 @@
+"""Results files: what they were made on, then a record a line, on disk as soon as it is known."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from std_decode.output import replace_file
+
+ROOT = Path(__file__).parents[1]
+Record = dict[str, Any]
+_PASSING = ("date", "copy_gb_per_s")  # of an environment: what differs from run to run
+
+
+def environment(device: Any, **more: Any) -> Record:
+    """The first record of a file: the device, versions, commit, date, and whatever is given.
+
+    Args:
+        device: a torch.device.
+        more: that results depend on; a run that was cut off goes on only with the same.
+    """
+    import transformers
+
+    from bench import gpu
+
+    found = gpu.environment(device)
+    return {
+        "kind": "environment",
+        "device": found.get("gpu") or found["cpu"],
+        **found,
+        **more,
+        "transformers": transformers.__version__,
+        "sources": sources(),
+    }
+
+
+def file_of(out: Path, command: str, device: str) -> Path:
+    """Where a command's results on a device are: one file each."""
+    name = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
+    return out / f"{command}-{name}.jsonl"
+
+
+def sources() -> str:
+    """A hash of the packages: changes that are not committed count, and git need not be there."""
+    digest = hashlib.sha256()
+    for package in ("bench", "std_decode", "std_kernels"):
+        for path in sorted((ROOT / package).rglob("*.py")):
+            digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def checkpoint() -> str:
+    """A hash of the demo model's weights."""
+    from std_decode.demo.model import FOLDER
+
+    return hashlib.sha256((FOLDER / "model.safetensors").read_bytes()).hexdigest()[:12]
+
+
+def read(path: Path) -> list[Record]:
+    """The records of a file; a line that was cut off is none."""
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            continue
+    return records
+
+
+class Journal:
+    """A results file that grows record by record.
+
+    Args:
+        path: None: keep the records in memory only.
+        about: the environment, which comes first.
+        complete: with it, what an earlier run of the same environment has written is kept where
+            `complete` says so of a record; without it, the file begins anew.
+
+    Attributes:
+        resumed: how many records are from the earlier run.
+    """
+
+    def __init__(
+        self, path: Path | None, about: Record, complete: Callable[[Record], bool] | None = None
+    ):
+        self.path, self.about = path, about
+        earlier: list[Record] = []
+        if complete is not None and path is not None and path.exists():
+            found = read(path)
+            if found and _lasting(found[0]) == _lasting(about):
+                self.about = found[0]
+                earlier = [record for record in found[1:] if complete(record)]
+        self.resumed = len(earlier)
+        self.records: list[Record] = [self.about, *earlier]
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            replace_file(path, "".join(map(line_of, self.records)).encode())
+
+    def keep(self, record: Record) -> None:
+        self.records.append(record)
+        if self.path is not None:
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(line_of(record))
+
+
+def line_of(record: Record) -> str:
+    return json.dumps(record) + "\n"
+
+
+def _lasting(about: Record) -> Record:
+    return {name: value for name, value in about.items() if name not in _PASSING}
+
+
+def in_words(about: Record) -> str:
+    """What a file's results were made on."""
+    threads = about.get("threads")
+    return ", ".join(filter(None, (
+        about.get("device") or about.get("gpu") or about.get("cpu"),
+        f"{threads} thread{'s' if threads > 1 else ''}" if threads else None,
+        f"driver {about['driver']}" if about.get("driver") else None,
+        f"torch {about['torch']}",
+        f"transformers {about['transformers']}" if about.get("transformers") else None,
+        f"commit {about['commit'][:9]}" if about.get("commit") else None,
+        about["date"][:10],
+        about.get("note"),
+    )))  # fmt: skip
+
+
+def markdown_table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> list[str]:
+    head = list(head)
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    return lines + ["| " + " | ".join(x.replace("|", "/") for x in row) + " |" for row in rows]
