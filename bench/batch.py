@@ -66,7 +66,7 @@ def run(options: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.progress import Progress
 
-    from bench.decode import environment
+    from bench.records import environment
 
     if options.seconds[0] > options.seconds[1]:
         least, most = options.seconds
@@ -74,8 +74,7 @@ def run(options: argparse.Namespace) -> int:
             f"bench batch: --seconds is {least} {most}, expected the least first", file=sys.stderr
         )
         return 2
-    options.shape, options.new_tokens = "demo model", None
-    about = environment(options, torch.device("cpu"), torch.float32, None)
+    about = environment(torch.device("cpu"))
     console = Console(width=None if sys.stdout.isatty() else 120)
     with tempfile.TemporaryDirectory() as folder, Progress(console=console) as progress:
         videos = _film(options, Path(folder), progress)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tests.decode.families.base import FAMILIES
 
-BEGIN, END = "<!-- table: models -->", "<!-- end -->"
+BEGIN, END = "<!-- models -->", "<!-- end -->"
 SEES = {
     "video": "video",
     "frames": "video as images, one a frame",
