@@ -268,6 +268,19 @@ def test_what_does_not_fit_in_memory_is_refused(bench, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize(
+    "rows, kv, activations, counted",
+    [
+        (1, 100e6, 10e6, 210e6),  # a row is read beside what is kept of it
+        (4, 400e6, 10e6, 900e6),  # decoding: the batch, a run's own, and the row that was read
+        (4, 400e6, 800e6, 1000e6),  # reading takes more
+    ],
+)
+def test_what_decoding_and_reading_need(rows, kv, activations, counted):
+    needed = shapes.Needs(50_000_000, int(kv), int(activations), 0, rows=rows)
+    assert needed.total == pytest.approx(1.1 * (50e6 + counted) + 2**26)
+
+
+@pytest.mark.parametrize(
     "name, billions, kv",
     [("qwen2-vl-7b", 7.62, 57344), ("llava-onevision-7b", 7.62, 57344),
      ("llama-3-8b", 8.03, 131072)],
@@ -412,6 +425,10 @@ def test_what_prompt_lookup_did_is_counted(narrations):
     # Each pass but the first reads the pending token and what was looked up.
     assert look.passes == len(lengths) - 1 and look.drafted == sum(lengths[1:]) - look.passes
     assert look.passes <= look.tokens <= 20 and 0 < look.seconds < 60
+    # What the first pass drafts and emits does not count: it reads the prompt.
+    look._begun, look._ended = [(0.0, 10, 4), (1.0, 12, 3), (2.0, 14, 2)], 3.0
+    look.settle(15)
+    assert (look.seconds, look.tokens, look.passes, look.drafted) == (2.0, 3, 2, 5)
     with pytest.raises(RuntimeError, match="one pass for all"):
         once = probes.Lookup(CPU)
         with once.watch():
@@ -441,17 +458,24 @@ def test_clips_that_the_camera_cannot_film(bench, capsys, arguments, message):
 # Going on
 
 
-def test_it_goes_on_where_it_was_cut_off(bench, tmp_path):
+def test_it_goes_on_where_it_was_cut_off(bench, tmp_path, monkeypatch):
     ways = ("--ways", "dense", "drafts", "--context", "150", "--new-tokens", "12")
     _, whole = bench(*ways)
     (path,) = tmp_path.glob("decode-*.jsonl")
     lines = path.read_text().splitlines(keepends=True)
+    tried, plain = [], cell.Cell.guard
+    monkeypatch.setattr(
+        cell.Cell,
+        "guard",
+        lambda self, name, *more: tried.append(name) or plain(self, name, *more),
+    )
     # Nothing is left to do: nothing is done.
-    assert bench(*ways, "--resume")[1] == whole
+    assert bench(*ways, "--resume")[1] == whole and tried == []
     # The passes of the last way were not all written.
     path.write_text("".join(lines[:-1]) + lines[-1][:30])
     status, found = bench(*ways, "--resume")
     assert status == 0 and found[:-1] == whole[:-1]
+    assert tried == ["transformers generate", "ours, forced acceptance 0.2"]
     last = ("what", "pass", "context")
     assert [found[-1][x] for x in last] == [whole[-1][x] for x in last] and found[-1] != whole[-1]
     # Another seed is another run.

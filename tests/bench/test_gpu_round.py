@@ -92,3 +92,4 @@ def test_what_fails_is_remembered(tmp_path, about, capfd):
     path.write_text("".join(map(records.line_of, [about, done])))
     assert gpu.run_parts(tmp_path, about, parts, resume=True) == 1
     assert "tests: complete since an earlier run" in capfd.readouterr().out
+    assert records.read(path)[1:] == [done]
