@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
+from std_decode.cli import BadInput
+from std_decode.demo.video import VideoError
 from std_decode.inputs import InputError, _one_line
 
 _START = "start it as: torchrun --nproc-per-node GPUS -m std_decode ..."
@@ -116,7 +118,7 @@ def _tell(error: BaseException, place: Place) -> int:
     import torch.distributed as dist
 
     where = f"std-decode, process {place.rank} of {place.size}"
-    if isinstance(error, InputError):
+    if isinstance(error, (BadInput, InputError, VideoError)):
         if place.first or place.local_rank == 0:  # all find the same
             print(f"std-decode: {error}", file=sys.stderr)
         return 2

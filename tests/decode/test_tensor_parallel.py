@@ -14,6 +14,8 @@ from transformers import GPT2Config
 
 import std_decode
 from std_decode import parallel
+from std_decode.cli import BadInput
+from std_decode.demo.video import VideoError
 from std_decode.inputs import InputError
 
 SCRIPT = """
@@ -309,6 +311,16 @@ def test_more_processes_than_gpus_are_refused(monkeypatch):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     with pytest.raises(InputError, match="2 GPUs and a process for GPU 2; give .* 2 or less"):
         parallel.run(lambda place: 0)
+
+
+def test_bad_input_is_told_once_a_machine(capsys):
+    for rank, local_rank in ((0, 0), (1, 1), (2, 0)):
+        place = parallel.Place(rank, local_rank, 4)
+        for error in (BadInput("no"), InputError("no"), VideoError("no")):
+            assert parallel._tell(error, place) == 2
+    assert capsys.readouterr().err == "std-decode: no\n" * 6
+    assert parallel._tell(ZeroDivisionError("ours"), place) == 1
+    assert "ZeroDivisionError: ours" in capsys.readouterr().err
 
 
 def test_a_model_that_cannot_be_shared_so_is_refused(make_case, tmp_path):
