@@ -8,6 +8,7 @@ call from another thread) gets exactly what it would have got.
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -16,6 +17,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +38,7 @@ PREFIX = "std_decode_over_"
 Phase = Literal["prefill", "draft", "verify"]
 
 
-@dataclass
+@dataclass(eq=False)
 class Pass:
     """One forward pass, as its attention layers need to know it.
 
@@ -66,28 +68,53 @@ _observer: ContextVar[Observer | None] = ContextVar("std_decode_observer", defau
 _compiled: list[Pass | None] = [None]  # the pass that compiled code runs for
 _compiled_lock = threading.RLock()
 _switch_lock = threading.Lock()
-_switched: dict[int, tuple[int, str]] = {}  # id(config) -> passes under way, name replaced
+# id(config) -> passes under way, the config, its name that was replaced. Weak, so that a pass that
+# was broken off in the worst place is forgotten all the same.
+_switched: dict[int, tuple[WeakSet[Pass], PreTrainedConfig, str]] = {}
 
 
 @contextmanager
 def attention_of(config: PreTrainedConfig, running: Pass) -> Iterator[None]:
     """Run the forward pass inside with our attention, in this context (thread) only."""
-    with _switch_lock:
-        passes, replaced = _switched.get(id(config), (0, config._attn_implementation))
-        if passes == 0:
-            config._attn_implementation = _registered(replaced or "eager")
-        _switched[id(config)] = passes + 1, replaced
-    token = _running.set(running)
-    try:
+    before = _running.get()
+    try:  # before anything is changed: Ctrl-C may come between any two steps
+        with _switch_lock:
+            name = config._attn_implementation or "eager"
+            passes, _, replaced = _switched.get(id(config), (WeakSet(), config, name))
+            passes.add(running)
+            _switched[id(config)] = passes, config, replaced
+            config._attn_implementation = _registered(replaced)
+        _running.set(running)
         yield
     finally:
-        _running.reset(token)
-        with _switch_lock:
-            passes, replaced = _switched.pop(id(config))
-            if passes > 1:
-                _switched[id(config)] = passes - 1, replaced
-            else:
-                config._attn_implementation = replaced
+        _running.set(before)
+        restore_attention(config, running)
+
+
+def restore_attention(config: PreTrainedConfig, ended: Pass | None = None) -> None:
+    """Give the config its own attention back, unless a pass is under way, `ended` aside."""
+    with _switch_lock:
+        if id(config) not in _switched:
+            return
+        passes, _, replaced = _switched[id(config)]
+        if ended is not None:
+            passes.discard(ended)
+        if not passes:
+            config._attn_implementation = replaced
+            del _switched[id(config)]
+
+
+def _after_fork() -> None:
+    """In a child process: other threads, their passes and the locks they held are not there."""
+    global _switch_lock, _compiled_lock
+    _switch_lock, _compiled_lock = threading.Lock(), threading.RLock()
+    for passes, config, _ in list(_switched.values()):
+        for other in set(passes) - {_running.get()}:
+            restore_attention(config, other)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 @contextmanager
