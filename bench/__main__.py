@@ -4,7 +4,16 @@ import argparse
 import sys
 from importlib import import_module
 
-_COMMANDS = ("acceptance", "compile", "decode", "prefill", "roofline", "selection", "gpu")
+_COMMANDS = (
+    "acceptance",
+    "compile",
+    "decode",
+    "exactness",
+    "prefill",
+    "roofline",
+    "selection",
+    "gpu",
+)
 
 _EPILOG = """\
 examples:
@@ -12,6 +21,7 @@ examples:
   python -m bench compile                       compile every kernel for five GPUs, without one
   python -m bench compile --arch sm_90 --op select_topk
   python -m bench decode --quick                 a whole model's decoding, here a tiny one's
+  python -m bench exactness                      how many tokens differ in bfloat16, demo model
   python -m bench prefill                        time to the first token, patched and unpatched
   python -m bench roofline --model qwen2-vl-7b --gpu h200 --batch 8 --context 25000
   python -m bench selection --out trial           rules of re-selection, on the demo model

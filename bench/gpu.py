@@ -14,6 +14,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from std_decode.output import replace_file
+
 ROOT = Path(__file__).parents[1]
 TEST_SECONDS, TIME_SECONDS, PREFILL_SECONDS, DECODE_SECONDS = 210, 105, 35, 135
 GRACE = 15  # seconds that prefill and decoding may take to end by itself
@@ -58,7 +60,8 @@ def run(options: argparse.Namespace) -> int:
         print("bench gpu: torch finds no GPU on this machine; nothing was run", file=sys.stderr)
         return 2
     options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "environment.json").write_text(json.dumps(environment(), indent=2) + "\n")
+    about = json.dumps(environment(), indent=2) + "\n"
+    replace_file(options.out / "environment.json", about.encode())
     passed = options.skip_tests or run_tests(options.out, TEST_SECONDS)
     try:
         right = time_ops(options.out, torch.device("cuda"), time.monotonic() + TIME_SECONDS)
@@ -155,7 +158,7 @@ def time_ops(out: Path, device: Any, deadline: float, small: bool = False) -> bo
         records.append(record)
         with open(out / "ops.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
-        (out / "ops.md").write_text(markdown(records), encoding="utf-8")
+        replace_file(out / "ops.md", markdown(records).encode())
 
     (out / "ops.jsonl").unlink(missing_ok=True)
     copy = ops.copy_case(device, 1 << (16 if small else 29))

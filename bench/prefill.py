@@ -15,6 +15,7 @@ from typing import Any
 
 from bench.decode import between
 from bench.models import SHAPES
+from std_decode.output import replace_file
 
 _HELP = """\
 Times generate with one new token, patched and unpatched: reading the prompt and choosing the
@@ -280,11 +281,11 @@ def _write(out: Path | None, about: dict[str, Any], records: list[dict[str, Any]
         return
     out.mkdir(parents=True, exist_ok=True)
     lines = [json.dumps(record) + "\n" for record in (about, *records)]
-    (out / "prefill.jsonl").write_text("".join(lines), encoding="utf-8")
+    replace_file(out / "prefill.jsonl", "".join(lines).encode())
     rows = [_HEAD, ["---"] * len(_HEAD), *map(_cells, records)]
     text = [
         "# Time to the first token, patched beside unpatched", "", _headline(about),
         "How it is timed: `python -m bench prefill --help`.", "",
         *("| " + " | ".join(row) + " |" for row in rows),
     ]  # fmt: skip
-    (out / "prefill.md").write_text("\n".join(text) + "\n", encoding="utf-8")
+    replace_file(out / "prefill.md", ("\n".join(text) + "\n").encode())

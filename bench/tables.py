@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from std_decode.output import replace_file
+
 SKIPPED = "skipped: "
 FORCED = "Forced acceptance: the share of drafts that agree is an input, not a finding."
 _DECODE = (
@@ -36,7 +38,7 @@ class Results:
             return
         with open(self.out / "decode.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
-        (self.out / "decode.md").write_text(markdown(self), encoding="utf-8")
+        replace_file(self.out / "decode.md", markdown(self).encode())
 
     def skip(self, what: str, why: str, **where: Any) -> None:
         self.keep({"kind": "decode", "what": what, "status": SKIPPED + why, **where})

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -67,7 +67,7 @@ _running: ContextVar[Pass | None] = ContextVar("std_decode_pass", default=None)
 _observer: ContextVar[Observer | None] = ContextVar("std_decode_observer", default=None)
 _compiled: list[Pass | None] = [None]  # the pass that compiled code runs for
 _compiled_lock = threading.RLock()
-_switch_lock = threading.Lock()
+_switch_lock = threading.RLock()  # not Lock: Ctrl-C may have a handler that generates, too
 # id(config) -> passes under way, the config, its name that was replaced. Weak, so that a pass that
 # was broken off in the worst place is forgotten all the same.
 _switched: dict[int, tuple[WeakSet[Pass], PreTrainedConfig, str]] = {}
@@ -87,30 +87,47 @@ def attention_of(config: PreTrainedConfig, running: Pass) -> Iterator[None]:
         _running.set(running)
         yield
     finally:
-        _running.set(before)
-        restore_attention(config, running)
+        try:
+            _leave(config, running, before)
+        finally:  # once more, if it came here
+            _leave(config, running, before)
 
 
-def restore_attention(config: PreTrainedConfig, ended: Pass | None = None) -> None:
-    """Give the config its own attention back, unless a pass is under way, `ended` aside."""
+def _leave(config: PreTrainedConfig, running: Pass, before: Pass | None) -> None:
+    _running.set(before)
     with _switch_lock:
-        if id(config) not in _switched:
-            return
-        passes, _, replaced = _switched[id(config)]
-        if ended is not None:
-            passes.discard(ended)
-        if not passes:
-            config._attn_implementation = replaced
-            del _switched[id(config)]
+        _end(config, [running])
+
+
+def forget_passes(config: PreTrainedConfig, layers: dict[int, nn.Module]) -> None:
+    """When no call with these layers is under way: passes that were broken off in the worst place
+    leave nothing behind."""
+    running = _running.get()
+    if running is not None and running.layers is layers:
+        _running.set(None)
+    with _switch_lock:
+        passes, *_ = _switched.get(id(config), ((),))
+        _end(config, [one for one in passes if one.layers is layers])
+
+
+def _end(config: PreTrainedConfig, ended: Iterable[Pass]) -> None:
+    """Give the config its own attention back with the last pass."""
+    if id(config) not in _switched:
+        return
+    passes, _, replaced = _switched[id(config)]
+    for one in ended:
+        passes.discard(one)
+    if not passes:
+        config._attn_implementation = replaced
+        del _switched[id(config)]
 
 
 def _after_fork() -> None:
     """In a child process: other threads, their passes and the locks they held are not there."""
     global _switch_lock, _compiled_lock
-    _switch_lock, _compiled_lock = threading.Lock(), threading.RLock()
+    _switch_lock, _compiled_lock = threading.RLock(), threading.RLock()
     for passes, config, _ in list(_switched.values()):
-        for other in set(passes) - {_running.get()}:
-            restore_attention(config, other)
+        _end(config, set(passes) - {_running.get()})
 
 
 if hasattr(os, "register_at_fork"):

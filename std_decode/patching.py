@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from std_decode import draft_weights as weights
-from std_decode.attention import restore_attention
+from std_decode.attention import forget_passes
 from std_decode.cache import CACHE, SparseToDenseCache
 from std_decode.cost import COMPILED_LENGTHS, LENGTHS, FixedLength, Policy, Workload
 from std_decode.eligibility import attention_layers
@@ -168,7 +168,7 @@ def unpatch(model: Model) -> Model:
     target.__class__ = target._std_decode.original_class
     target._std_decode.engines.clear()
     target._std_decode.draft_weights.detach()
-    restore_attention(target.get_decoder().config)
+    forget_passes(target.get_decoder().config, target._std_decode.layers)
     del target._std_decode
     return model
 

@@ -40,7 +40,7 @@ class Engines:
     def __init__(self, wanted: Literal["auto"] | bool, compiles: bool = False):
         self.wanted, self.compiles = wanted, compiles
         self.idle: Engine | None = None
-        self.lock = threading.Lock()
+        self.lock = threading.RLock()
         # Weak, so that one that was broken off in the worst place is forgotten all the same.
         self.calls: WeakSet[_Call] = WeakSet()
 

@@ -4,12 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from bench.exactness import HEAD
 from bench.sections import write_section
-
-HEAD = """\
-# Reliability
-
-What the long runs found. Each section names its command, and is written by it."""
 
 
 def write(out: Path | None, title: str, text: str) -> None:
