@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,9 @@ from bench.decode import between
 
 _HELP = """\
 Narrates clips with the demo model, greedily, and compares texts token by token with those of the
-unpatched model of the same type:
+unpatched model of the same type. The demo model is sure of nearly all it says, so rounding decides
+little; a model of random weights (the tiny shape of bench decode, another for each prompt) is not
+sure of anything, and shows the other end. What is compared:
 
   drafts        patched, always drafting, and so verifying several tokens at once
   dense path    patched, never drafting
@@ -21,10 +23,10 @@ unpatched model of the same type:
   float32       unpatched, but in float32: what the type itself changes
 
 Two texts part where they first differ; what comes after is no longer comparable, so only the
-tokens up to there count. At that step the unpatched model has a best token and the other text takes
-one that lags behind it by so much log-probability. "Margin" is how far the second best token lags
-behind the best, over all steps of the unpatched model: where it is below what rounding does,
-either may come. "Attributes right" judges the texts by what happens in the clip.
+tokens up to there count. At that step the unpatched model has a best token, and the other text
+takes one that lags behind it by so much log-probability. "Margin" is how far the second best token
+lags behind the best, over all steps of the unpatched model: where it is below what rounding does,
+either may come. "Attributes right" judges the demo's texts by what happens in the clip.
 
 Exit status: 0, 1 if in float32 a patched text parts at a lag of 1e-4 or more."""
 _EXAMPLES = """\
@@ -32,7 +34,7 @@ examples:
   python -m bench exactness                               50 prompts, some minutes on one core
   python -m bench exactness --prompts 3 --dtypes bfloat16 a trial
   python -m bench exactness --out bench/results           a section of reliability.md"""
-EVENTS, MOST_TOKENS, BATCH = 12, 96, 4
+EVENTS, MOST_TOKENS, BATCH, RANDOM_TOKENS = 12, 96, 4, 300
 MARGIN = 1e-4  # of log-probability: below it float32 rounding may decide
 BELOW = (0.0, 0.01, 0.03, 0.1, 0.3)
 HEAD = """\
@@ -51,6 +53,7 @@ class Way:
         right: share of attributes told right, of each prompt.
     """
 
+    texts: int = 0
     tokens: int = 0
     lags: list[float] = field(default_factory=list)
     right: list[float] = field(default_factory=list)
@@ -108,58 +111,73 @@ def run(options: argparse.Namespace) -> int:
     Console(width=None if sys.stdout.isatty() else 160).print(Markdown(text))
     if options.out is not None:
         write_section(options.out / "reliability.md", HEAD, "Rounding", text)
-    exact = found.get("float32", Found())
-    patched = [exact.ways[name] for name in ("drafts", "dense path") if name in exact.ways]
+    exact = [here.ways for (_, dtype), here in found.items() if dtype == "float32"]
+    patched = [ways[name] for ways in exact for name in ("drafts", "dense path")]
     return int(any(lag >= MARGIN for way in patched for lag in way.lags))
 
 
-def measure(options: argparse.Namespace, device: Any) -> dict[str, Found]:
-    """By type."""
-    import torch
+def measure(options: argparse.Namespace, device: Any) -> dict[tuple[str, str], Found]:
+    """By model ("demo", "random") and type."""
     from rich.progress import Progress
     from transformers.utils.logging import disable_progress_bar
 
-    from std_decode.demo.camera import attributes_right
-    from std_decode.demo.model import load_model, load_tokenizer
-
     disable_progress_bar()
-    tokenizer = load_tokenizer()
-    models = {name: load_model().to(device, getattr(torch, name)) for name in options.dtypes}
-    plain = models.get("float32") or load_model().to(device)
-    found = {name: Found() for name in models}
-
-    def right(tokens: Any, clip: Any) -> float:
-        return attributes_right(tokenizer.decode(tokens, skip_special_tokens=True), clip)
-
+    found: dict[tuple[str, str], Found] = {}
     with Progress(disable=not sys.stderr.isatty()) as progress:
-        task = progress.add_task("prompts", total=options.prompts * len(models))
-        for clip, inputs in _prompts(options, tokenizer, device):
-            reference = narrate(plain, inputs)[0]
-            for name, model in models.items():
-                here = found[name]
-                expected, scores = narrate(model, inputs)
-                best = scores.topk(2, dim=-1).values
-                here.margins += (best[:, 0] - best[:, 1]).tolist()
-                texts = ways(options, model, inputs, here)
-                if name != "float32":
-                    texts["float32"] = reference
-                here.ways.setdefault("unpatched", Way()).right.append(right(expected, clip))
-                for way, told in texts.items():
-                    note = here.ways.setdefault(way, Way())
-                    compare(note, expected, told, scores)
-                    note.right.append(right(told, clip))
+        task = progress.add_task("prompts", total=2 * options.prompts)
+        for source in (_demo, _random):
+            for kind, models, inputs, right in source(options, device):
+                reference = narrate(models["float32"], inputs)[0]
+                for dtype in options.dtypes:
+                    here = found.setdefault((kind, dtype), Found())
+                    _one(options, here, models[dtype], inputs, right, reference)
                 progress.advance(task)
     return found
 
 
-def _prompts(
-    options: argparse.Namespace, tokenizer: Any, device: Any
-) -> Iterator[tuple[Any, dict[str, Any]]]:
+def _one(
+    options: argparse.Namespace,
+    here: Found,
+    model: Any,
+    inputs: dict[str, Any],
+    right: Callable[[Any], float] | None,
+    reference: Any,
+) -> None:
+    """Compare the texts of one prompt; the reference is the float32 one."""
+    import torch
+
+    expected, scores = narrate(model, inputs)
+    best = scores.topk(2, dim=-1).values
+    here.margins += (best[:, 0] - best[:, 1]).tolist()
+    texts = {"unpatched": expected, **ways(options, model, inputs, here)}
+    if model.dtype != torch.float32:
+        texts["float32"] = reference
+    for way, told in texts.items():
+        note = here.ways.setdefault(way, Way())
+        note.texts += 1
+        compare(note, expected, told, scores)
+        if right is not None:
+            note.right.append(right(told))
+
+
+Prompt = tuple[str, dict[str, Any], dict[str, Any], Callable[[Any], float] | None]
+
+
+def _types(options: argparse.Namespace) -> dict[str, Any]:
+    import torch
+
+    return {name: getattr(torch, name) for name in {"float32", *options.dtypes}}
+
+
+def _demo(options: argparse.Namespace, device: Any) -> Iterator[Prompt]:
+    """Of each prompt: kind and type of the models, them, its inputs, and what judges its text."""
     import numpy as np
 
     from std_decode.demo import camera
-    from std_decode.demo.model import TEMPORAL, generate_inputs
+    from std_decode.demo.model import TEMPORAL, generate_inputs, load_model, load_tokenizer
 
+    tokenizer = load_tokenizer()
+    models = {name: load_model().to(device, dtype) for name, dtype in _types(options).items()}
     for prompt in range(options.prompts):
         clip = camera.random_clip(
             options.seconds, EVENTS, np.random.default_rng([options.seed, prompt])
@@ -167,7 +185,29 @@ def _prompts(
         pictures = (255 * camera.draw_seconds(clip)).round().astype(np.uint8)
         frames = pictures.transpose(0, 2, 3, 1).repeat(TEMPORAL, axis=0)
         inputs = generate_inputs(frames, clip.first_tag, tokenizer)
-        yield clip, {name: value.to(device) for name, value in inputs.items()}
+
+        def right(tokens: Any, clip: Any = clip) -> float:
+            text = tokenizer.decode(tokens, skip_special_tokens=True)
+            return camera.attributes_right(text, clip)
+
+        yield "demo", models, {name: x.to(device) for name, x in inputs.items()}, right
+
+
+def _random(options: argparse.Namespace, device: Any) -> Iterator[Prompt]:
+    import copy
+
+    import torch
+
+    from bench import shapes
+    from bench.models import SHAPES
+
+    shape = SHAPES["tiny"]
+    for prompt in range(options.prompts):
+        model = shapes.build(shape, torch.float32, device, options.seed + prompt)
+        models = {name: copy.deepcopy(model).to(x) for name, x in _types(options).items()}
+        ids = torch.randint(2, shape.vocabulary - shapes.SPECIAL, (1, RANDOM_TOKENS))
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        yield "random", models, {name: x.to(device) for name, x in inputs.items()}, None
 
 
 def narrate(model: Any, inputs: dict[str, Any], **options: Any) -> tuple[Any, Any]:
@@ -231,39 +271,40 @@ def compare(way: Way, expected: Any, told: Any, scores: Any) -> None:
         raise AssertionError(f"a text of {len(told)} tokens, expected {len(expected)}")
 
 
-def section(options: argparse.Namespace, found: dict[str, Found], about: str) -> str:
+def section(options: argparse.Namespace, found: dict[tuple[str, str], Found], about: str) -> str:
     """Markdown."""
     arguments = (
         f"--prompts {options.prompts} --seconds {options.seconds} --dtypes "
         f"{' '.join(options.dtypes)} --draft-length {options.draft_length} --top-k-keys "
         f"{options.top_k_keys} --seed {options.seed}"
     )
-    head = ("type", "against the unpatched model of this type", "texts that part", "tokens up to "
-            "there", "partings per 1,000 tokens", "lag at partings: median, largest",
+    head = ("model", "type", "against the unpatched model of this type", "texts that part",
+            "tokens up to there", "partings per 1,000 tokens", "lag at partings: median, largest",
             "attributes right")  # fmt: skip
     rows = []
-    for dtype, here in found.items():
+    for (kind, dtype), here in found.items():
         for name, way in here.ways.items():
-            right = f"{sum(way.right) / len(way.right):.1%}"
+            right = f"{sum(way.right) / len(way.right):.1%}" if way.right else "-"
             if name == "unpatched":
-                rows.append((dtype, "(itself)", "", "", "", "", right))
+                rows.append((kind, dtype, "(itself)", "", "", "", "", right))
                 continue
             lags = sorted(way.lags)
             lag = f"{lags[len(lags) // 2]:.2g}, {lags[-1]:.2g}" if lags else "-"
             rate = 1000 * len(lags) / max(1, way.tokens + len(lags))
-            rows.append((dtype, name, f"{len(lags)} of {len(way.right)}", f"{way.tokens:,}",
+            rows.append((kind, dtype, name, f"{len(lags)} of {way.texts}", f"{way.tokens:,}",
                          f"{rate:.2f}", lag, right))  # fmt: skip
     margins = [
-        (dtype, f"{len(here.margins):,}",
+        (kind, dtype, f"{len(here.margins):,}",
          *(f"{sum(m <= most for m in here.margins) / len(here.margins):.2%}" for most in BELOW),
          f"{here.accepted / max(1, here.drafted):.1%}")
-        for dtype, here in found.items()
+        for (kind, dtype), here in found.items()
     ]  # fmt: skip
     below = [f"margin {'0' if most == 0 else f'at most {most:g}'}" for most in BELOW]
     return "\n".join(
         [
-            f"`python -m bench exactness {arguments}` ({about}). Demo model, greedy, {EVENTS} "
-            f"events a clip, {4 * options.seconds:,} video tokens. What the words mean: "
+            f"`python -m bench exactness {arguments}` ({about}). Greedy; the "
+            f"demo model on clips of {EVENTS} events, {4 * options.seconds:,} video tokens, the "
+            f"random ones on {RANDOM_TOKENS} tokens of text. What the words mean: "
             "`python -m bench exactness --help`.",
             "",
             *_table(head, rows),
@@ -271,7 +312,7 @@ def section(options: argparse.Namespace, found: dict[str, Found], about: str) ->
             "How close the best two tokens were, in log-probability, at the unpatched model's "
             "steps:",
             "",
-            *_table(("type", "steps", *below, "drafts accepted"), margins),
+            *_table(("model", "type", "steps", *below, "drafts accepted"), margins),
         ]
     )
 

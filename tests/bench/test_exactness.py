@@ -25,11 +25,15 @@ def test_where_texts_part():
 def test_both_types_are_told(tmp_path, capsys):
     assert main([*QUICK, "--out", str(tmp_path)]) == 0
     text = (tmp_path / "reliability.md").read_text()
-    rows = [line.split(" | ") for line in text.splitlines() if line.startswith("| float32")]
-    told = {row[1]: row for row in rows}
+    rows = [line.split(" | ") for line in text.splitlines() if line.startswith("| demo | float32")]
+    told = {row[2]: row for row in rows}
     for way in ("drafts", "dense path", "batch of 4"):
-        assert told[way][2] == "0 of 1" and int(told[way][3]) > 20
-    assert "| bfloat16 | float32 |" in text and "--seconds 16" in text
+        assert told[way][3] == "0 of 1" and int(told[way][4]) > 20
+    assert (
+        "| demo | bfloat16 | float32 |" in text
+        and "| random | bfloat16 | drafts |" in text
+        and "--seconds 16" in text
+    )
 
 
 def test_a_text_that_parts_without_need_is_a_failure(monkeypatch):

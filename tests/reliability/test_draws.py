@@ -37,10 +37,12 @@ def test_p_values():
 def test_texts_come_as_often_as_they_should(tiny, kind):
     model, prompt, wanted = tiny
     with std_decode.patched(model, **PATCH):
-        counts = draw(model, prompt, DRAWS, 1, **KINDS[kind])
+        # In lockstep generate itself draws, so a few do.
+        draws = DRAWS if kind == "ragged" else DRAWS // 4
+        counts = draw(model, prompt, draws, 1, **KINDS[kind])
         stats = std_decode.last_stats(model)
     assert stats.mode == kind and 0 < stats.accepted < stats.drafted
-    assert counts.sum() == DRAWS and p_value(counts, wanted) > 1e-3
+    assert counts.sum() == draws and p_value(counts, wanted) > 1e-3
 
 
 def same_noise(monkeypatch):

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from transformers import DynamicCache, LogitsProcessorList, StoppingCriteriaList
+from transformers.cache_utils import DynamicLayer
 
 import std_decode
 from std_decode import attention, cache, engine, quantize
@@ -176,6 +177,20 @@ def test_out_of_memory_while_the_callers_cache_is_written(
     assert torch.equal(got, expected)
 
 
+def test_out_of_memory_while_a_cache_of_no_layers_is_written(make_case, monkeypatch):
+    case = make_case("llama", seed=4)
+    expected, past = case.generate(), DynamicCache()
+    update = DynamicLayer.update
+    with std_decode.patched(case.model, **PATCH):
+        with monkeypatch.context() as patches:
+            patches.setattr(DynamicLayer, "update", fails_at(2, NO_MEMORY, update))
+            with pytest.raises(torch.OutOfMemoryError):
+                case.generate(past_key_values=past)
+        assert past.layers == []
+        assert torch.equal(case.generate(past_key_values=past), expected)
+        assert std_decode.last_stats(case.model).fallback is None
+
+
 def shapes(layer):
     return [tuple(x.shape) if isinstance(x, torch.Tensor) else None
             for x in (getattr(layer, "keys", None), getattr(layer, "values", None))]  # fmt: skip
@@ -287,12 +302,15 @@ def interrupted_at(line, call):
     return False
 
 
-def interrupt_everywhere(case, lines, **options):
+def interrupt_everywhere(case, lines, every=False, **options):
     expected, before = case.generate(), state(case.model)
     std_decode.patch(case.model, **PATCH)
     for line in lines:
         reached = interrupted_at(line, lambda: case.generate(**options))
         assert torch.equal(case.generate(), expected), line
+        if not every:  # the very line that tidies up may be broken off: then unpatch does
+            assert case.model.get_decoder().config._attn_implementation == before[2], line
+            assert attention.running_pass() is None, line
         if not reached:
             break
     std_decode.unpatch(case.model)
@@ -318,7 +336,7 @@ def test_an_interrupt_at_every_line(make_case, mode):
     options = dict(do_sample=True) if mode == "ragged" else dict(
         logits_processor=LogitsProcessorList([Watches()])
     )  # fmt: skip
-    interrupt_everywhere(case, range(1, 100_000, 3), **options)
+    interrupt_everywhere(case, range(1, 100_000, 3), every=True, **options)
 
 
 def test_a_real_interrupt_in_mid_round(survives, monkeypatch):
@@ -397,13 +415,20 @@ def test_fork(survives, moment):
     other.start()
     inside.wait(60)
     hook.remove()
-    attention._switch_lock.acquire()  # as if the other thread were at that
-    try:
-        status = in_a_child(kept)
-    finally:
-        attention._switch_lock.release()
-        go_on.set()
-        other.join()
+    held = threading.Event()
+
+    def hold():  # as a thread may at any time, though never for long
+        with attention._switch_lock:
+            held.set()
+            go_on.wait(60)
+
+    holder = threading.Thread(target=hold)
+    holder.start()
+    held.wait(60)
+    status = in_a_child(kept)
+    go_on.set()
+    other.join()
+    holder.join()
     assert status == 0
     kept.check()
 
@@ -413,7 +438,8 @@ def in_a_child(kept):
     child = os.fork()
     if child == 0:
         try:
-            signal.alarm(60)
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)  # pytest-timeout has its own
+            signal.alarm(30)  # ends a child that hangs
             right = torch.equal(kept.case.generate(), kept.expected)
             kept.model._std_decode.engines.calls.clear()  # the parent's other thread's
             std_decode.unpatch(kept.model)
