@@ -96,7 +96,8 @@ def cases(
 ) -> dict:
     """Run `count` cases drawn from the number `shard`.
 
-    The same number draws the same cases, as long as hypothesis stays at its version. A failing
+    The same number draws the same cases, as long as hypothesis and our source stay as they are (it
+    draws constants found there, too). A failing
     one is reduced to a smallest one, if `shrink`.
 
     Returns:
