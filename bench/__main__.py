@@ -5,8 +5,8 @@ import sys
 from importlib import import_module
 
 _COMMANDS = (
-    "acceptance", "batch", "compile", "decode", "demo", "kernels", "prefill", "report", "roofline",
-    "selection", "tune", "gpu",
+    "acceptance", "batch", "compile", "decode", "demo", "exactness", "kernels", "prefill",
+    "report", "roofline", "selection", "tune", "gpu",
 )  # fmt: skip
 
 _EPILOG = """\
@@ -17,6 +17,7 @@ examples:
   python -m bench compile --arch sm_90 --op select_topk
   python -m bench decode --quick                 decoding, of a tiny model and the demo's
   python -m bench demo --out bench/results       the figures of README's table of the demo
+  python -m bench exactness                      how many tokens differ in bfloat16, demo model
   python -m bench kernels --quick --out quick    each op beside its rivals, also on the CPU
   python -m bench prefill                        time to the first token, patched and unpatched
   python -m bench report --check                 do README's tables say what the results say?

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from bench.assembly import Report, inspect
+from std_decode.output import replace_file
 from std_kernels import _tuning
 
 RESULTS = Path(__file__).parent / "results" / "compile.md"
@@ -177,7 +178,7 @@ def report(results: list[Result], out: Path | None) -> int:
     console.print(_table(results))
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(_markdown(results), encoding="utf-8")
+        replace_file(out, _markdown(results).encode())
         console.print(f"written to {out}")
     bad = [result for result in results if result.problems]
     for result in bad:

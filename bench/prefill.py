@@ -15,6 +15,7 @@ from typing import Any
 from bench.decode import between
 from bench.models import SHAPES
 from bench.records import in_words, markdown_table
+from std_decode.output import replace_file
 
 _HELP = """\
 Times generate with one new token, patched and unpatched: reading the prompt and choosing the
@@ -289,4 +290,4 @@ def _write(path: Path | None, journal: Any) -> None:
         "How it is timed: `python -m bench prefill --help`.", "",
         *markdown_table(_HEAD, map(_cells, journal.records[1:])),
     ]  # fmt: skip
-    path.with_suffix(".md").write_text("\n".join(text) + "\n", encoding="utf-8")
+    replace_file(path.with_suffix(".md"), ("\n".join(text) + "\n").encode())

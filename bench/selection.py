@@ -14,6 +14,7 @@ from typing import Any
 
 from bench.decode import between
 from bench.selection_rules import RULES, in_words
+from std_decode.output import replace_file
 
 _HELP = """\
 Measures how far each rule of re-selection carries drafts on the demo model: tokens per dense pass
@@ -169,7 +170,7 @@ class Records:
                     self.kept[tuple(record[name] for name in _KEY)] = record
         options.out.mkdir(parents=True, exist_ok=True)
         text = [json.dumps(one) + "\n" for one in (self.environment, *self.kept.values())]
-        self.path.write_text("".join(text))
+        replace_file(self.path, "".join(text).encode())
 
     def __contains__(self, cell: tuple) -> bool:
         return cell in self.kept

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.records import Journal, file_of, in_words, markdown_table
+from std_decode.output import replace_file
 
 UNPATCHED, STATIC = "transformers generate", "transformers generate, static cache"
 DENSE, DRAFTS = "ours, dense", "ours, drafting"
@@ -61,7 +62,7 @@ class Results:
             return
         self.journal.keep(record)
         if self.path is not None:
-            self.path.with_suffix(".md").write_text(markdown(self), encoding="utf-8")
+            replace_file(self.path.with_suffix(".md"), (markdown(self)).encode())
 
     def skip(self, record: dict[str, Any], why: str) -> None:
         self.keep({**record, "status": SKIPPED + why})

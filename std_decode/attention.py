@@ -8,14 +8,16 @@ call from another thread) gets exactly what it would have got.
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +38,7 @@ PREFIX = "std_decode_over_"
 Phase = Literal["prefill", "draft", "verify"]
 
 
-@dataclass
+@dataclass(eq=False)
 class Pass:
     """One forward pass, as its attention layers need to know it.
 
@@ -65,8 +67,10 @@ _running: ContextVar[Pass | None] = ContextVar("std_decode_pass", default=None)
 _observer: ContextVar[Observer | None] = ContextVar("std_decode_observer", default=None)
 _compiled: list[Pass | None] = [None]  # the pass that compiled code runs for
 _compiled_lock = threading.RLock()
-_switch_lock = threading.Lock()
-_switched: dict[int, tuple[int, str]] = {}  # id(config) -> passes under way, name replaced
+_switch_lock = threading.RLock()  # not Lock: Ctrl-C may have a handler that generates, too
+# id(config) -> passes under way, the config, its name that was replaced. Weak, so that a pass that
+# was broken off in the worst place is forgotten all the same.
+_switched: dict[int, tuple[WeakSet[Pass], PreTrainedConfig, str]] = {}
 _eager_passes = 0  # under way in `uncompiled`
 _stance: Any = None  # what ends it
 
@@ -74,22 +78,62 @@ _stance: Any = None  # what ends it
 @contextmanager
 def attention_of(config: PreTrainedConfig, running: Pass) -> Iterator[None]:
     """Run the forward pass inside with our attention, in this context (thread) only."""
-    with _switch_lock:
-        passes, replaced = _switched.get(id(config), (0, config._attn_implementation))
-        if passes == 0:
-            config._attn_implementation = _registered(replaced or "eager")
-        _switched[id(config)] = passes + 1, replaced
-    token = _running.set(running)
-    try:
+    before = _running.get()
+    try:  # before anything is changed: Ctrl-C may come between any two steps
+        with _switch_lock:
+            name = config._attn_implementation or "eager"
+            passes, _, replaced = _switched.get(id(config), (WeakSet(), config, name))
+            passes.add(running)
+            _switched[id(config)] = passes, config, replaced
+            config._attn_implementation = _registered(replaced)
+        _running.set(running)
         yield
     finally:
-        _running.reset(token)
-        with _switch_lock:
-            passes, replaced = _switched.pop(id(config))
-            if passes > 1:
-                _switched[id(config)] = passes - 1, replaced
-            else:
-                config._attn_implementation = replaced
+        try:
+            _leave(config, running, before)
+        finally:  # once more, if it came here
+            _leave(config, running, before)
+
+
+def _leave(config: PreTrainedConfig, running: Pass, before: Pass | None) -> None:
+    _running.set(before)
+    with _switch_lock:
+        _end(config, [running])
+
+
+def forget_passes(config: PreTrainedConfig, layers: dict[int, nn.Module]) -> None:
+    """When no call with these layers is under way: passes that were broken off in the worst place
+    leave nothing behind."""
+    running = _running.get()
+    if running is not None and running.layers is layers:
+        _running.set(None)
+    with _switch_lock:
+        passes, *_ = _switched.get(id(config), ((),))
+        _end(config, [one for one in passes if one.layers is layers])
+
+
+def _end(config: PreTrainedConfig, ended: Iterable[Pass]) -> None:
+    """Give the config its own attention back with the last pass."""
+    if id(config) not in _switched:
+        return
+    passes, _, replaced = _switched[id(config)]
+    for one in ended:
+        passes.discard(one)
+    if not passes:
+        config._attn_implementation = replaced
+        del _switched[id(config)]
+
+
+def _after_fork() -> None:
+    """In a child process: other threads, their passes and the locks they held are not there."""
+    global _switch_lock, _compiled_lock
+    _switch_lock, _compiled_lock = threading.RLock(), threading.RLock()
+    for passes, config, _ in list(_switched.values()):
+        _end(config, set(passes) - {_running.get()})
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 @contextmanager

@@ -166,6 +166,24 @@ def bucket(tokens: int) -> int:
     return -(-tokens // BUCKET) * BUCKET
 
 
+class _Length:
+    """How long a layer of the caller's cache was, and back to that."""
+
+    def __init__(self, layer: Any):
+        self.layer, self.tokens = layer, layer.get_seq_length()
+        # What was is the beginning of what is: no need to hold it. Not so where a window moves on,
+        # or where there was nothing.
+        self.held = vars(layer).copy() if layer.is_sliding or not self.tokens else None
+
+    def restore(self) -> None:
+        if self.held is not None:
+            vars(self.layer).clear()
+            vars(self.layer).update(self.held)
+            return
+        for name in ("keys", "values"):  # one of the two may have been extended, the other not
+            setattr(self.layer, name, getattr(self.layer, name)[:, :, : self.tokens])
+
+
 @dataclass(frozen=True)
 class Span:
     """Where the T tokens of one forward pass go and what they may see."""
@@ -286,15 +304,23 @@ class SparseToDenseCache(Cache):
         Args:
             keep: whether the buffers are needed again; else each goes as it is done with, so that
                 no more than one layer is in memory twice.
+
+        Note:
+            All or nothing: where memory ends half-way, no layer keeps tokens that others lack.
         """
-        for index, layer in enumerate(self.layers):
-            known = 0
-            if index < len(self.template.layers):
-                known = self.template.layers[index].get_seq_length()
-            new = slice(known, self.longest)
-            self.template.update(layer.keys[:, :, new], layer.values[:, :, new], index)
-            if not keep:
-                layer.keys = layer.values = None
+        before = [_Length(layer) for layer in self.template.layers]
+        try:
+            for index, layer in enumerate(self.layers):
+                known = before[index].tokens if index < len(before) else 0
+                new = slice(known, self.longest)
+                self.template.update(layer.keys[:, :, new], layer.values[:, :, new], index)
+                if not keep:
+                    layer.keys = layer.values = None
+        except BaseException:
+            del self.template.layers[len(before) :]
+            for length in before:
+                length.restore()
+            raise
 
     def release(self) -> None:
         """Drop the buffers."""

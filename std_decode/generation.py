@@ -53,16 +53,33 @@ def sample(
     if reason is not None:
         options.stats = DecodeStats(fallback=reason)
         return plain(input_ids, processors, criteria, config, synced_gpus, streamer, **kwargs)
+    with options.engines.call():
+        return _sooner(model, plain, input_ids, processors, criteria, config, streamer, kwargs)
+
+
+def _sooner(
+    model: Any,
+    plain: Callable[..., Any],
+    input_ids: Tensor,
+    processors: LogitsProcessorList,
+    criteria: StoppingCriteriaList,
+    config: GenerationConfig,
+    streamer: Any,
+    kwargs: dict[str, Any],
+) -> Any:
+    """The same, of a call that nothing stands in the way of."""
+    options = model._std_decode
     given: DynamicCache = kwargs[CACHE]
     if config.do_sample:
         share_random_numbers(model, input_ids.device)
     engine = _engine(model, input_ids, config, kwargs)
     stats, cache = engine.stats, engine.cache
     kwargs[CACHE] = cache
-    stats.lockstep_because = lockstep_reason(input_ids, processors, criteria, config, streamer)
-    rows_apart = 1 if stats.lockstep_because is not None else len(input_ids)
-    length = options.policy.begin(_workload(options, input_ids, stats), rows_apart, lead(model))
     try:
+        stats.lockstep_because = lockstep_reason(input_ids, processors, criteria, config, streamer)
+        rows_apart = 1 if stats.lockstep_because is not None else len(input_ids)
+        workload = _workload(options, input_ids, stats)
+        length = options.policy.begin(workload, rows_apart, lead(model))
         if stats.lockstep_because is not None:
             stats.mode = "lockstep"
             drafter = Drafter(input_ids, processors, criteria, config)
@@ -167,19 +184,23 @@ def _engine(
     engine, eager_because = options.engines.take(
         model, input_ids.device, len(input_ids), past + new, room, selection, kv_start
     )
-    if selection is not None and engine.graphs is not None:
-        selection = selection.padded(engine.columns, engine.width)
-    stats = DecodeStats(
-        prompt_tokens=past + new,
-        reused_tokens=past,
-        selected_keys=selection.width if selection is not None else 0,
-        eager_because=eager_because,
-        **weights,
-    )
-    if input_ids.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(input_ids.device)
-    forward = MethodType(options.original_class.__call__, model)
-    engine.start(forward, given, kv_start, selection, stats, twins)
+    try:
+        if selection is not None and engine.graphs is not None:
+            selection = selection.padded(engine.columns, engine.width)
+        stats = DecodeStats(
+            prompt_tokens=past + new,
+            reused_tokens=past,
+            selected_keys=selection.width if selection is not None else 0,
+            eager_because=eager_because,
+            **weights,
+        )
+        if input_ids.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(input_ids.device)
+        forward = MethodType(options.original_class.__call__, model)
+        engine.start(forward, given, kv_start, selection, stats, twins)
+    except BaseException:
+        engine.release()  # an earlier call's buffers may be in it
+        raise
     return engine
 
 

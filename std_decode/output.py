@@ -39,9 +39,12 @@ def check_picture(option: str, path: Path) -> None:
 
 def replace_file(path: Path, content: bytes) -> None:
     """Replace the file in one step, so that a failure leaves the old one."""
-    part = path.with_name(path.name + ".part")
-    part.write_bytes(content)
-    os.replace(part, path)
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        part.write_bytes(content)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def new_figure(width: float, height: float, dpi: int = 100) -> Any:

@@ -18,6 +18,7 @@ from transformers import (
 )
 
 from std_decode import draft_weights as weights
+from std_decode.attention import forget_passes
 from std_decode.cache import CACHE, SparseToDenseCache
 from std_decode.cost import Workload
 from std_decode.policy import COMPILED_LENGTHS, LENGTHS, FixedLength, Policy
@@ -138,8 +139,13 @@ def patch(
         drafting,
         weights.workload_of(target, top_k_keys, drafting.twins),
     )
-    drafting.attach()
-    target.__class__ = _patched_class(type(target))
+    try:
+        drafting.attach()
+        target.__class__ = _patched_class(type(target))
+    except BaseException:
+        drafting.detach()
+        del target._std_decode
+        raise
     return model
 
 
@@ -147,7 +153,7 @@ def unpatch(model: Model) -> Model:
     """Give `model` back as it was before `patch`.
 
     Raises:
-        RuntimeError: `model` is not patched.
+        RuntimeError: `model` is not patched, or a generate call of it is under way.
     """
     target = _unwrapped(model)
     if not is_patched(target):
@@ -155,9 +161,15 @@ def unpatch(model: Model) -> Model:
             f"unpatch: {type(target).__name__} is not patched, expected a model that was; "
             "nothing to undo"
         )
+    if target._std_decode.engines.calls:
+        raise RuntimeError(
+            f"unpatch: {type(target).__name__} has {len(target._std_decode.engines.calls)} "
+            "generate calls under way, expected none; wait until they have returned"
+        )
     target.__class__ = target._std_decode.original_class
     target._std_decode.engines.clear()
     target._std_decode.draft_weights.detach()
+    forget_passes(target.get_decoder().config, target._std_decode.layers)
     del target._std_decode
     return model
 

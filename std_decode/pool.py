@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
+from contextlib import contextmanager
 from typing import Any, Literal
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -20,18 +22,37 @@ from std_decode.selection import MOST_INDICES, Selection
 _IDLE_HOOKS = "transformers.utils.output_capturing"
 
 
+class _Call:
+    pass
+
+
 class Engines:
     """The engines of one patched model. At most one is kept while none is in use.
 
     Args:
         wanted: whether passes are captured; "auto" and True differ only in what a caller expects.
         compiles: whether captured passes are compiled first.
+
+    Attributes:
+        calls: those of generate that are under way.
     """
 
     def __init__(self, wanted: Literal["auto"] | bool, compiles: bool = False):
         self.wanted, self.compiles = wanted, compiles
         self.idle: Engine | None = None
-        self.lock = threading.Lock()
+        self.lock = threading.RLock()
+        # Weak, so that one that was broken off in the worst place is forgotten all the same.
+        self.calls: WeakSet[_Call] = WeakSet()
+
+    @contextmanager
+    def call(self) -> Iterator[None]:
+        """Within, a generate call is under way."""
+        call = _Call()
+        try:
+            self.calls.add(call)
+            yield
+        finally:
+            self.calls.discard(call)
 
     def take(
         self,
@@ -73,13 +94,16 @@ class Engines:
         engine.key, engine.width = key, width
         return engine, None
 
-    def put_back(self, engine: Engine) -> None:
+    def put_back(self, engine: Any) -> None:
         """Keep the engine of a call that went well for the next one."""
         if engine.graphs is None:
             engine.release()
             return
         engine.finish()
-        self.idle = engine
+        with self.lock:
+            engine, self.idle = self.idle, engine
+        if engine is not None:  # of a call that ended meanwhile, in another thread
+            engine.release()
 
     def clear(self) -> None:
         with self.lock:

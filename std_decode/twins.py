@@ -164,7 +164,7 @@ class Twins:
 
     def detach(self) -> None:
         for twin in self.twins:
-            if not twin.wrapped:
+            if vars(twin.layer).get("_std_decode_twin") is twin:  # attach may have failed before
                 twin.layer.__class__ = nn.Linear
                 del twin.layer._std_decode_twin
             twin.drop()
@@ -231,10 +231,10 @@ class Twins:
         try:
             self.make(model)
             self.missing = None if self.count else f"{_NONE}: {self.why_kept()}"
-        except MemoryError as error:
+        except (MemoryError, torch.OutOfMemoryError) as error:
             for twin in self.twins:
                 twin.drop()
-            self.missing = str(error)
+            self.missing = str(error).partition("\n")[0]
         return None if self.missing else self
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import tempfile
 from contextlib import nullcontext
 from dataclasses import asdict, replace
@@ -154,7 +153,7 @@ def _film(
         video.render(clip, path, rng)
         frames, told = video.read(path)
     if options.keep is not None:
-        shutil.copyfile(path, options.keep)
+        replace_file(options.keep, path.read_bytes())
         console.print(f"[dim]clip kept as {options.keep}[/dim]")
     return frames, told
 

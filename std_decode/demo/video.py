@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from std_decode.demo.camera import FRAME, FRAMES_PER_SECOND, Clip, draw_seconds
+from std_decode.demo.camera import (
+    COLOURS,
+    FRAME,
+    FRAMES_PER_SECOND,
+    PATTERNS,
+    TAGS,
+    Clip,
+    draw_seconds,
+)
+from std_decode.media import Deadline, InputError, open_video
 
 SCALE = 4  # pixels of the file per pixel of the camera
 MOST_SECONDS = 4096  # 16,384 video tokens
@@ -17,8 +27,7 @@ _SAME_TIME = 1e-6
 _TAG = "comment"  # of the container, where a rendered clip tells its own content
 
 
-class VideoError(ValueError):
-    """A file that cannot be read as a video; the message is one line, for a user."""
+VideoError = InputError
 
 
 def render(clip: Clip, path: Path, rng: np.random.Generator) -> None:
@@ -50,30 +59,16 @@ def read(path: Path) -> tuple[np.ndarray, Clip | None]:
     Raises:
         VideoError: missing, a folder, empty, no video, or cut off.
     """
-    import av
-
-    if not path.exists():
-        raise VideoError(f"{path}: no such file")
-    if not path.is_file():
-        raise VideoError(f"{path}: not a file; expected a video such as clip.mp4")
-    if path.stat().st_size == 0:
-        raise VideoError(f"{path}: the file is empty")
-    try:
-        with av.open(str(path)) as container:
-            if not container.streams.video:
-                raise VideoError(f"{path}: has no video stream")
-            frames = _sample(container, path)
-            told = container.metadata.get(_TAG, "")
-    except av.error.FFmpegError as error:
-        what = str(error.strerror).lower()
-        raise VideoError(f"{path}: not a readable video, or a truncated one ({what})") from error
+    deadline = Deadline(path)
+    with open_video(path) as (container, stream):
+        frames = _sample(container, stream, path, deadline)
+        told = container.metadata.get(_TAG, "")
     return frames, _clip(told)
 
 
-def _sample(container: Any, path: Path) -> np.ndarray:
+def _sample(container: Any, stream: Any, path: Path, deadline: Deadline) -> np.ndarray:
     """Two frames a second: at each half second the newest frame there is."""
-    stream = container.streams.video[0]
-    start = float((stream.start_time or 0) * stream.time_base)
+    start = float((stream.start_time or 0) * (stream.time_base or 1))
     frames: list[np.ndarray] = []
     decoded, at, newest = 0, 0.0, None
 
@@ -87,6 +82,7 @@ def _sample(container: Any, path: Path) -> np.ndarray:
 
     for frame in container.decode(stream):
         decoded += 1
+        deadline.check()
         at = max(at, (frame.time or 0.0) - start)
         show_until(at - _SAME_TIME)
         newest = frame.to_ndarray(format="rgb24", width=FRAME, height=FRAME, interpolation="AREA")
@@ -99,7 +95,17 @@ def _sample(container: Any, path: Path) -> np.ndarray:
 
 
 def _clip(told: str) -> Clip | None:
+    """What a file says of itself, which may be anything."""
     try:
-        return Clip.from_dict(json.loads(told))
-    except (ValueError, TypeError, KeyError):
+        clip = Clip.from_dict(json.loads(told))
+        values = [value for event in clip.events for value in asdict(event).values()]
+        possible = all(type(value) is int for value in values) and all(
+            0 <= event.second < clip.seconds <= MOST_SECONDS
+            and 0 <= event.tag < TAGS
+            and 0 <= event.colour < len(COLOURS)
+            and 0 <= event.pattern < len(PATTERNS)
+            for event in clip.events
+        )
+        return clip if possible and len(clip.events) <= TAGS else None
+    except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
         return None

@@ -33,7 +33,7 @@ def shown(clip):
     return np.rint(clip.frames.mean(axis=(1, 2, 3)) / STEP).astype(int).tolist()
 
 
-@pytest.mark.parametrize("name", ["a.mp4", "a.mkv"])
+@pytest.mark.parametrize("name", ["a.mp4", "a.mkv", "a.ts", "a.mov"])
 @pytest.mark.parametrize("count", [1, 2, 5, 17, 59, 60, 400])
 def test_frames_are_spread_evenly_over_the_file(tmp_path, name, count):
     clip = read_video(film(tmp_path / name), count)
