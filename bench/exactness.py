@@ -198,14 +198,14 @@ def _random(options: argparse.Namespace, device: Any) -> Iterator[Prompt]:
 
     import torch
 
-    from bench import shapes
+    from bench import prompts, shapes
     from bench.models import SHAPES
 
     shape = SHAPES["tiny"]
     for prompt in range(options.prompts):
         model = shapes.build(shape, torch.float32, device, options.seed + prompt)
         models = {name: copy.deepcopy(model).to(x) for name, x in _types(options).items()}
-        ids = torch.randint(2, shape.vocabulary - shapes.SPECIAL, (1, RANDOM_TOKENS))
+        ids = torch.randint(2, shape.vocabulary - prompts.SPECIAL, (1, RANDOM_TOKENS))
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         yield "random", models, {name: x.to(device) for name, x in inputs.items()}, None
 

@@ -14,7 +14,7 @@ TOKENS, SEED, STEP = 12, 5, 7
 def told(family, dtype=torch.float32, **options):
     """An unpatched model, its inputs and its answer."""
     torch.manual_seed(1)
-    model, inputs = FAMILIES[family](1)
+    model, inputs = FAMILIES[family].build(1)
     model = model.to(dtype).eval()
     if "pixel_values_videos" in inputs:
         inputs["pixel_values_videos"] = inputs["pixel_values_videos"].to(dtype)

@@ -83,7 +83,7 @@ def soak(
     from tests.reliability.trials import BASE, Schedule, prompt_of
 
     torch.manual_seed(seed)
-    model = FAMILIES["qwen2_vl"](1)[0].float().eval().to(device)
+    model = FAMILIES["qwen2_vl"].build(1)[0].float().eval().to(device)
     draw = random.Random(seed)
     looks: list[Look] = []
     done, next_look, times, batch = 0, 0, [], 1

@@ -205,7 +205,7 @@ def model_of(family: str, layers: int, kv_heads: int, weights: int) -> Any:
     sizes = dict(num_hidden_layers=layers, num_key_value_heads=kv_heads, vocab_size=128)
     torch.manual_seed(weights)
     with mock.patch.dict(TEXT, sizes):
-        model, _ = FAMILIES[family](1)
+        model, _ = FAMILIES[family].build(1)
     return model.float().eval()
 
 
