@@ -74,7 +74,7 @@ def single_prompts(family, inputs):
 @pytest.mark.parametrize("seed", range(3))
 def test_prompts_together_are_answered_as_alone(family, seed):
     torch.manual_seed(seed)
-    model, inputs = FAMILIES[family](3)
+    model, inputs = FAMILIES[family].build(3)
     worker = Worker.__new__(Worker)
     worker.job = Job("", Settings("", 4, 24, "float32"), True, dict(draft_length=3, top_k_keys=8))
     worker.model = std_decode.patch(model.float().eval(), **worker.job.patch)
