@@ -215,11 +215,13 @@ def _table(records: list[dict[str, Any]]) -> Any:
 def _write(out: Path, about: dict[str, Any], records: list[dict[str, Any]]) -> None:
     out.mkdir(parents=True, exist_ok=True)
     lines = [json.dumps(record) + "\n" for record in (about, *records)]
-    (out / "batch.jsonl").write_text("".join(lines), encoding="utf-8")
+    from std_decode.output import replace_file
+
+    replace_file(out / "batch.jsonl", "".join(lines).encode())
     rows = [_HEAD, ["---"] * len(_HEAD), *map(_cells, records)]
     text = [
         "# Many videos answered together, beside a loop over one at a time", "",
         about["conditions"], "How it is timed: `python -m bench batch --help`.", "",
         *("| " + " | ".join(row) + " |" for row in rows),
     ]  # fmt: skip
-    (out / "batch.md").write_text("\n".join(text) + "\n", encoding="utf-8")
+    replace_file(out / "batch.md", ("\n".join(text) + "\n").encode())

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.kernels_points import Point
+from std_decode.output import replace_file
 
 Record = dict[str, Any]
 SKIPPED = "skipped: "
@@ -57,7 +58,7 @@ class Results:
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
             text = "".join(json.dumps(record) + "\n" for record in self.records)
-            path.write_text(text, encoding="utf-8")
+            replace_file(path, text.encode())
 
     def keep(self, record: Record) -> None:
         self.records.append(record)

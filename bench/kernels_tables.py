@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.kernels_results import Record, Results
+from std_decode.output import replace_file
 
 HEADER = ("model", "op", "size", "what", "cold us", "p20", "p80", "graph us", "GB/s", "of copy",
           "ours takes", "note")  # fmt: skip
@@ -26,11 +27,11 @@ def show(results: Results, path: Path | None) -> None:
     console.print(table(results))
     if path is None:
         return
-    path.with_suffix(".md").write_text(markdown(results), encoding="utf-8")
+    replace_file(path.with_suffix(".md"), markdown(results).encode())
     written = [path, path.with_suffix(".md")]
     picture = draw(results)
     if picture is not None:
-        path.with_suffix(".png").write_bytes(picture)
+        replace_file(path.with_suffix(".png"), picture)
         written.append(path.with_suffix(".png"))
     console.print(f"written to {', '.join(map(str, written))}", soft_wrap=True)
 

@@ -61,7 +61,9 @@ def run(options: argparse.Namespace) -> int:
     if options.check:
         return _check(options.readme.name, found, wanted)
     if wanted != found:
-        options.readme.write_text(wanted, encoding="utf-8")
+        from std_decode.output import replace_file
+
+        replace_file(options.readme, wanted.encode())
     print(f"{options.readme}: {'rewritten' if wanted != found else 'unchanged'}")
     for path in sorted(options.results.glob("*.jsonl")):
         if path.name.startswith(("decode-", "kernels-")):

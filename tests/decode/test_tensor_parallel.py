@@ -115,7 +115,7 @@ FAMILY = """
     from transformers import StoppingCriteria
     import std_decode
     from std_decode import parallel
-    from std_decode.cost import DraftLength
+    from std_decode.policy import DraftLength
 
     class Never(StoppingCriteria):
         def __call__(self, input_ids, scores, **kwargs):

@@ -18,7 +18,7 @@ from transformers import LogitsProcessorList, StoppingCriteria, StoppingCriteria
 import std_decode
 from std_decode import cache, engine, generation, graphs, pool
 from std_decode import rows as rows_module
-from std_decode.cost import FixedLength
+from std_decode.policy import FixedLength
 from tests.decode.families import FAMILIES, IMAGE, PAD, TEXT, VIDEO, VISION_END, VISION_START
 from tests.decode.margin import behind_best, near_ties
 from tests.decode.observers import Streams, Watches
