@@ -63,6 +63,11 @@ class Pass:
 # Called with the running pass, the layer, its query, key and value and the ops' options.
 Observer = Callable[[Pass, BufferLayer, Tensor, Tensor, Tensor, dict[str, Any]], None]
 
+
+class _EagerPass:
+    pass
+
+
 _running: ContextVar[Pass | None] = ContextVar("std_decode_pass", default=None)
 _observer: ContextVar[Observer | None] = ContextVar("std_decode_observer", default=None)
 _compiled: list[Pass | None] = [None]  # the pass that compiled code runs for
@@ -71,7 +76,7 @@ _switch_lock = threading.RLock()  # not Lock: Ctrl-C may have a handler that gen
 # id(config) -> passes under way, the config, its name that was replaced. Weak, so that a pass that
 # was broken off in the worst place is forgotten all the same.
 _switched: dict[int, tuple[WeakSet[Pass], PreTrainedConfig, str]] = {}
-_eager_passes = 0  # under way in `uncompiled`
+_eager_passes: WeakSet[_EagerPass] = WeakSet()  # under way in `uncompiled`; weak as well
 _stance: Any = None  # what ends it
 
 
@@ -91,8 +96,9 @@ def attention_of(config: PreTrainedConfig, running: Pass) -> Iterator[None]:
     finally:
         try:
             _leave(config, running, before)
-        finally:  # once more, if it came here
+        except BaseException:  # once more, if it came here
             _leave(config, running, before)
+            raise
 
 
 def _leave(config: PreTrainedConfig, running: Pass, before: Pass | None) -> None:
@@ -110,6 +116,7 @@ def forget_passes(config: PreTrainedConfig, layers: dict[int, nn.Module]) -> Non
     with _switch_lock:
         passes, *_ = _switched.get(id(config), ((),))
         _end(config, [one for one in passes if one.layers is layers])
+        _let_compile()
 
 
 def _end(config: PreTrainedConfig, ended: Iterable[Pass]) -> None:
@@ -130,6 +137,9 @@ def _after_fork() -> None:
     _switch_lock, _compiled_lock = threading.RLock(), threading.RLock()
     for passes, config, _ in list(_switched.values()):
         _end(config, set(passes) - {_running.get()})
+    if _running.get() is None:
+        _eager_passes.clear()
+        _let_compile()
 
 
 if hasattr(os, "register_at_fork"):
@@ -167,21 +177,29 @@ def uncompiled() -> Iterator[None]:
     Compiled code would run for the pass it was compiled for, and a new length every step would
     have it compiled anew. For all threads, until the last one is through.
     """
-    global _eager_passes, _stance
+    global _stance
     if "torch._dynamo" not in sys.modules:  # nothing is compiled, and importing it takes seconds
         yield
         return
-    with _switch_lock:
-        if _eager_passes == 0:
-            _stance = torch.compiler.set_stance("force_eager")
-        _eager_passes += 1
-    try:
+    eager = _EagerPass()
+    try:  # as in `attention_of`
+        with _switch_lock:
+            _eager_passes.add(eager)
+            if _stance is None:
+                _stance = torch.compiler.set_stance("force_eager")
         yield
     finally:
         with _switch_lock:
-            _eager_passes -= 1
-            if _eager_passes == 0:
-                _stance.__exit__(None, None, None)
+            _eager_passes.discard(eager)
+            _let_compile()
+
+
+def _let_compile() -> None:
+    """Once no pass is under way that must not be compiled."""
+    global _stance
+    if _stance is not None and not _eager_passes:
+        _stance.__exit__(None, None, None)
+        _stance = None
 
 
 def running_pass() -> Pass | None:
