@@ -319,8 +319,8 @@ def interrupt_everywhere(case, lines, every=False, **options):
     assert torch.equal(case.generate(), expected)
 
 
-# Lines are traced where a `with` ends, too, before its lock is released, and there no signal is
-# ever handled (after calls and jumps back it is). The lock may stay held then: one of the test's own.
+# Lines are traced where a `with` ends, too, before its lock is released, where no signal is ever
+# handled (after calls and jumps back it is). The lock may stay held then: one of the test's own.
 # Multiples of a prime, so as to come to all parts of a round.
 @pytest.mark.parametrize("mode", ["ragged", "lockstep"])
 def test_an_interrupt_at_any_line(make_case, mode, monkeypatch):
