@@ -367,8 +367,14 @@ def _metadata(clip: Video) -> Any:
 
 
 def to_model(inputs: Any, model: Any) -> dict[str, Any]:
-    """What `make_inputs` made, on the device of `model`, pixels in its dtype."""
-    return {
-        name: value.to(model.dtype) if name.startswith("pixel_values") else value
-        for name, value in inputs.to(model.device).items()
-    }
+    """What `make_inputs` made, on the device of `model`, pixels in its dtype.
+
+    Other floats keep theirs: Qwen2.5-VL makes positions from the seconds of a grid's step.
+    """
+
+    def moved(name: str, value: Any) -> Any:
+        if not hasattr(value, "to"):
+            return value
+        return value.to(model.device, model.dtype if name.startswith("pixel_values") else None)
+
+    return {name: moved(name, value) for name, value in inputs.items()}

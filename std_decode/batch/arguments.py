@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from std_decode.commands.arguments import draft_length, whole_number
+from std_decode.commands.arguments import add_loading, draft_length, whole_number
 
 BATCH = """\
 Ask the same question about many videos, and write one JSON line a video as the answers come.
@@ -70,12 +70,7 @@ def add_parser(commands: Any) -> None:
     own = parser.add_argument_group("a model of yours")
     add = own.add_argument
     add("--model", metavar="M", help="folder or hub id; needs --prompt and the extra [hub]")
-    add("--frames", type=whole_number(1, 4096), metavar="N",
-        help="to sample from each video, evenly in time (default: 32)")  # fmt: skip
-    add("--dtype", choices=["auto", "float32", "bfloat16", "float16"],
-        help="of the weights (default: auto, as saved)")  # fmt: skip
-    add("--device", metavar="DEVICE", help="such as cpu, cuda:1 (default: cuda, else cpu)")
-    add("--trust-remote-code", action="store_true", help="run code that comes with the model")
+    add_loading(own)
     ray = parser.add_argument_group("many GPUs and machines")
     add = ray.add_argument
     add("--ray", action="store_true", help="answer on Ray Data, by several workers")

@@ -14,6 +14,7 @@ from torch import Tensor
 
 import std_decode
 from std_decode.cli import BadInput
+from std_decode.inputs import to_model
 
 Row = dict[str, Any]
 Inputs = dict[str, Any]
@@ -115,7 +116,7 @@ class Worker:
         pad = self.tokenizer.pad_token_id
         pad = self.tokenizer.eos_token_id if pad is None else pad
         together = collate(group, pad or 0)
-        inputs = {name: _to(value, self.model) for name, value in together.items()}
+        inputs = to_model(together, self.model)
         most = self.job.settings.max_new_tokens
         sequences = self.model.generate(
             **inputs, max_new_tokens=most, do_sample=False, pad_token_id=pad
@@ -166,13 +167,6 @@ def _kind(inputs: Inputs) -> tuple:
         by_row = isinstance(value, Tensor) and not _by_token(name, inputs)
         kinds.append((name, value.shape[1:] if by_row else None))
     return tuple(kinds)
-
-
-def _to(value: Any, model: Any) -> Any:
-    if not isinstance(value, Tensor):
-        return value
-    dtype = model.dtype if value.is_floating_point() else None
-    return value.to(model.device, dtype)
 
 
 def _told(error: Exception) -> str:

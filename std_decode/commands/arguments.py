@@ -84,8 +84,14 @@ def add_own_model(group: Any) -> None:
     """Options of every command that takes a model of the user's."""
     add = group.add_argument
     add("--prompt", metavar="TEXT", help="(default: Describe the video in detail.)")
+    add_loading(group)
+
+
+def add_loading(group: Any) -> None:
+    """How a model of the user's and its videos are loaded."""
+    add = group.add_argument
     add("--frames", type=whole_number(1, 4096), metavar="N",
-        help="to sample from the video, evenly in time (default: 32)")  # fmt: skip
+        help="to sample from a video, evenly in time (default: 32)")  # fmt: skip
     add("--dtype", choices=["auto", "float32", "bfloat16", "float16"],
         help="of the weights (default: auto, as saved)")  # fmt: skip
     add("--device", metavar="DEVICE", help="such as cpu, cuda:1 (default: cuda, else cpu)")

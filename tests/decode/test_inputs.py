@@ -5,9 +5,11 @@ from fractions import Fraction
 import av
 import numpy as np
 import pytest
+import torch
+from transformers import BatchFeature
 
 from std_decode import inputs
-from std_decode.inputs import InputError, read_video
+from std_decode.inputs import InputError, read_video, to_model
 
 FRAMES, STEP = 60, 4  # grey grows by this much a frame
 
@@ -136,3 +138,21 @@ def test_a_file_without_time_stamps_says_what_to_do(tmp_path):
     film(tmp_path / "a.h264")
     with pytest.raises(InputError, match="no time stamps.*ffmpeg"):
         read_video(tmp_path / "a.h264", 4)
+
+
+@pytest.mark.parametrize("batch", [dict, BatchFeature])
+def test_pixels_take_the_model_s_dtype_and_nothing_else(batch):
+    model = torch.nn.Linear(1, 1, dtype=torch.bfloat16)
+    model.device, model.dtype = torch.device("cpu"), torch.bfloat16
+    given = batch(
+        {
+            "input_ids": torch.ones(1, 2, dtype=torch.int64),
+            "pixel_values_videos": torch.ones(4, 8),
+            "second_per_grid_ts": torch.tensor([1 / 3]),  # positions come of it
+        }
+    )
+    got = to_model(given, model)
+    assert got["pixel_values_videos"].dtype == torch.bfloat16
+    for name in ("input_ids", "second_per_grid_ts"):
+        assert torch.equal(got[name], given[name]) and got[name].dtype == given[name].dtype
+    assert to_model({"names": ["a"]}, model) == {"names": ["a"]}
