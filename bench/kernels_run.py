@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from bench.kernels_points import Job, Point, reason_to_skip
-from bench.kernels_results import SKIPPED, Record, Results, failure
+from bench.kernels_results import SKIPPED, Results
+from bench.records import Record, failure
 from bench.ops import MOST_EXCESS, Case, Inputs, copy_case
 from bench.timing import measure, measure_all
 

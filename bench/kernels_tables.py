@@ -8,7 +8,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from bench.kernels_results import Record, Results
+from bench.kernels_results import Results
+from bench.records import Record
 from std_decode.output import replace_file
 
 HEADER = ("model", "op", "size", "what", "cold us", "p20", "p80", "graph us", "GB/s", "of copy",
@@ -23,7 +24,7 @@ def show(results: Results, path: Path | None) -> None:
     from rich.markup import escape
 
     console = Console(width=None if sys.stdout.isatty() else 170)
-    console.print(escape(headline(results.environment)))
+    console.print(escape(headline(results.about)))
     console.print(table(results))
     if path is None:
         return
@@ -80,7 +81,7 @@ def markdown(results: Results) -> str:
     lines = [
         "# Kernels beside their rivals",
         "",
-        f"{headline(results.environment)}.",
+        f"{headline(results.about)}.",
         "",
         "What is timed, and how: `python -m bench kernels --help`. Above 1x in the column \"ours "
         "takes\" the rival is faster.",
@@ -123,7 +124,7 @@ def draw(results: Results) -> bytes | None:
         panel.set(xlabel="N, keys in the cache", ylabel="ms")
     for panel in panels:  # the rest of the last line
         panel.remove()
-    about = results.environment
+    about = results.about
     figure.suptitle(f"{model} on {about.get('gpu') or about.get('cpu')}, {about['dtype']}; "
                     "dotted: the bytes at a copy's bandwidth", fontsize=10)  # fmt: skip
     file = io.BytesIO()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,8 @@ from std_decode.output import replace_file
 
 ROOT = Path(__file__).parents[1]
 Record = dict[str, Any]
-_PASSING = ("date", "copy_gb_per_s")  # of an environment: what differs from run to run
+# Of an environment: what differs from run to run.
+_PASSING = ("date", "copy_gb_per_s", "command", "absent")
 
 
 def environment(device: Any, **more: Any) -> Record:
@@ -91,7 +93,11 @@ class Journal:
         earlier: list[Record] = []
         if complete is not None and path is not None and path.exists():
             found = read(path)
-            if found and _lasting(found[0]) == _lasting(about):
+            changed = _differences(found[0], about) if found else []
+            if changed:
+                was = ", ".join(f"{name} {found[0].get(name)}" for name in changed)
+                print(f"bench: {path} was made with {was}; beginning anew", file=sys.stderr)
+            elif found:
                 self.about = found[0]
                 earlier = [record for record in found[1:] if complete(record)]
         self.resumed = len(earlier)
@@ -111,8 +117,16 @@ def line_of(record: Record) -> str:
     return json.dumps(record) + "\n"
 
 
-def _lasting(about: Record) -> Record:
-    return {name: value for name, value in about.items() if name not in _PASSING}
+def failure(error: BaseException) -> str:
+    """An exception in one line, as the status of a record."""
+    first = next(iter(str(error).strip().splitlines()), "")
+    return f"failed: {type(error).__name__}: {first}"[:300]
+
+
+def _differences(one: Record, other: Record) -> list[str]:
+    """In what two environments differ for good."""
+    names = dict.fromkeys((*one, *other))
+    return [n for n in names if n not in _PASSING and one.get(n) != other.get(n)]
 
 
 def in_words(about: Record) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from bench.records import Journal, file_of, in_words, markdown_table
+from bench.records import Journal, failure, file_of, in_words, markdown_table
 from std_decode.output import replace_file
 
 UNPATCHED, STATIC = "transformers generate", "transformers generate, static cache"
@@ -73,10 +73,8 @@ class Results:
 
     def fail(self, record: dict[str, Any], error: BaseException, bad: bool) -> None:
         """`bad`: whether it was ours to succeed."""
-        first = next(iter(str(error).strip().splitlines()), "")
         self.bad |= bad
-        status = f"failed: {type(error).__name__}: {first}"[:300]
-        self.keep({**record, "status": status})
+        self.keep({**record, "status": failure(error)})
 
     def of(self, kind: str) -> list[dict[str, Any]]:
         return [record for record in self.records[1:] if record["kind"] == kind]

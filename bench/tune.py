@@ -106,7 +106,7 @@ def tune(chosen: Sequence[Any], lab: Lab, arch: str) -> int:
             console.print(f"{subject.name}: out of time; go on with --resume", style="yellow")
             code = 1
             continue
-        for line in report(choice, present, lab.results.environment):
+        for line in report(choice, present, lab.results.about):
             console.print(line, highlight=False, markup=False, soft_wrap=True)
         for status in dict.fromkeys(lab.bad_present(present)):
             console.print(f"  the present row is {status}", style="red")
@@ -182,7 +182,7 @@ class Lab:
         return known.get("ms", math.inf)
 
     def _measured(self, row: Any, point: Any) -> dict[str, Any]:
-        from bench.kernels_results import failure
+        from bench.records import failure
 
         try:
             if point != self.point:
