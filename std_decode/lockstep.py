@@ -20,8 +20,8 @@ from torch import Tensor
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from std_decode.cache import CACHE
-from std_decode.policy import DraftLength, FixedLength
 from std_decode.engine import Engine, shared_inputs
+from std_decode.policy import DraftLength, FixedLength
 from std_decode.sampling import Drafter
 
 

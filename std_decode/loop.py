@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from std_decode.policy import DraftLength, FixedLength
 from std_decode.engine import Engine, shared_inputs
+from std_decode.policy import DraftLength, FixedLength
 from std_decode.rows import MOST_TOKENS_PER_PASS, Rows
 from std_decode.sampling import Chooser
 

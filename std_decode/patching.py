@@ -21,10 +21,10 @@ from std_decode import draft_weights as weights
 from std_decode.attention import forget_passes
 from std_decode.cache import CACHE, SparseToDenseCache
 from std_decode.cost import Workload
-from std_decode.policy import COMPILED_LENGTHS, LENGTHS, FixedLength, Policy
 from std_decode.eligibility import attention_layers
 from std_decode.generation import sample
 from std_decode.loop import Decoding
+from std_decode.policy import COMPILED_LENGTHS, LENGTHS, FixedLength, Policy
 from std_decode.pool import Engines
 from std_decode.selection import VisualMask
 from std_decode.stats import DecodeStats

@@ -33,7 +33,6 @@ from std_decode.demo.model import (
     prompt,
 )
 
-
 if TYPE_CHECKING:
     from transformers import Qwen2VLForConditionalGeneration
 
