@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from std_decode.demo import camera, video
+from tests.decode.families.frames import SIGLIP
 from tests.demo import tiny_qwen
 
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>", "<video>")
@@ -73,17 +74,7 @@ def save_llava(folder: Path) -> None:
     ).save_pretrained(folder)
     torch.manual_seed(0)
     config = LlavaOnevisionConfig(
-        vision_config=dict(
-            model_type="siglip_vision_model",
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            image_size=32,
-            patch_size=4,
-            num_channels=3,
-            vision_use_head=False,
-        ),
+        vision_config=dict(SIGLIP),
         text_config={**_text(words), "model_type": "qwen2"},
         image_token_index=words.convert_tokens_to_ids("<image>"),
         video_token_index=words.convert_tokens_to_ids("<video>"),

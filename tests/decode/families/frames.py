@@ -19,23 +19,25 @@ from tests.decode.families.base import (
     words,
 )
 
+SIGLIP = dict(
+    model_type="siglip_vision_model",
+    hidden_size=32,
+    intermediate_size=64,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    image_size=32,
+    patch_size=4,
+    num_channels=3,
+    vision_use_head=False,
+)
+
 
 @family("LLaVA-OneVision", "video")
 def llava_onevision(rows: int) -> tuple[Any, dict[str, Tensor]]:
     from transformers import LlavaOnevisionConfig, LlavaOnevisionForConditionalGeneration
 
     config = LlavaOnevisionConfig(
-        vision_config=dict(
-            model_type="siglip_vision_model",
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            image_size=32,
-            patch_size=4,
-            num_channels=3,
-            vision_use_head=False,
-        ),
+        vision_config=dict(SIGLIP),
         text_config={**TEXT, "model_type": "qwen2"},
         image_token_index=IMAGE,
         video_token_index=VIDEO,
@@ -76,17 +78,6 @@ def internvl(rows: int) -> tuple[Any, dict[str, Tensor]]:
     return InternVLForConditionalGeneration(config), {**padded(prompts), "pixel_values": pixels}
 
 
-SIGLIP = dict(
-    model_type="siglip_vision_model",
-    hidden_size=32,
-    intermediate_size=64,
-    num_hidden_layers=2,
-    num_attention_heads=2,
-    image_size=32,
-    patch_size=4,
-    num_channels=3,
-    vision_use_head=False,
-)
 CLIP = dict(
     model_type="clip_vision_model",
     hidden_size=32,

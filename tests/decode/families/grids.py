@@ -94,6 +94,21 @@ def qwen2_5_vl(rows: int) -> tuple[Any, dict[str, Tensor]]:
     return Qwen2_5_VLForConditionalGeneration(config), inputs
 
 
+DEEPSTACK = dict(
+    depth=3,
+    hidden_size=32,
+    out_hidden_size=64,
+    intermediate_size=64,
+    num_heads=2,
+    patch_size=4,
+    spatial_merge_size=2,
+    temporal_patch_size=2,
+    in_channels=3,
+    num_position_embeddings=64,
+    deepstack_visual_indexes=[0, 1],
+)
+
+
 @family("Qwen3-VL", "video", "3D positions, text between frames, pixels enter several layers")
 def qwen3_vl(rows: int) -> tuple[Any, dict[str, Tensor]]:
     """Head norms, text between the frames, and pixels that enter several layers."""
@@ -105,19 +120,7 @@ def qwen3_vl(rows: int) -> tuple[Any, dict[str, Tensor]]:
             "head_dim": 16,
             "rope_parameters": {**MROPE, "mrope_interleaved": True},
         },
-        vision_config=dict(
-            depth=3,
-            hidden_size=32,
-            out_hidden_size=64,
-            intermediate_size=64,
-            num_heads=2,
-            patch_size=4,
-            spatial_merge_size=2,
-            temporal_patch_size=2,
-            in_channels=3,
-            num_position_embeddings=64,
-            deepstack_visual_indexes=[0, 1],
-        ),
+        vision_config=dict(DEEPSTACK),
         **QWEN_TOKENS,
     )
     return Qwen3VLForConditionalGeneration(config), qwen_inputs(rows, between=2)
@@ -163,19 +166,7 @@ def qwen3_vl_moe(rows: int) -> tuple[Any, dict[str, Tensor]]:
             "head_dim": 16,
             "rope_parameters": {**MROPE, "mrope_interleaved": True},
         },
-        vision_config=dict(
-            depth=3,
-            hidden_size=32,
-            out_hidden_size=64,
-            intermediate_size=64,
-            num_heads=2,
-            patch_size=4,
-            spatial_merge_size=2,
-            temporal_patch_size=2,
-            in_channels=3,
-            num_position_embeddings=64,
-            deepstack_visual_indexes=[0, 1],
-        ),
+        vision_config=dict(DEEPSTACK),
         **QWEN_TOKENS,
     )
     return Qwen3VLMoeForConditionalGeneration(config), qwen_inputs(rows, between=2)

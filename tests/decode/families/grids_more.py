@@ -172,6 +172,15 @@ def paddleocr_vl(rows: int) -> tuple[Any, dict[str, Tensor]]:
     return PaddleOCRVLForConditionalGeneration(config), inputs
 
 
+AUDIO = dict(
+    d_model=32,
+    encoder_layers=1,
+    encoder_attention_heads=2,
+    encoder_ffn_dim=32,
+    output_dim=64,
+)
+
+
 @family("Qwen2.5-Omni, thinker", "video", "3D positions")
 def qwen2_5_omni(rows: int) -> tuple[Any, dict[str, Tensor]]:
     from transformers import Qwen2_5OmniThinkerConfig, Qwen2_5OmniThinkerForConditionalGeneration
@@ -179,13 +188,7 @@ def qwen2_5_omni(rows: int) -> tuple[Any, dict[str, Tensor]]:
     config = Qwen2_5OmniThinkerConfig(
         text_config={**TEXT, "rope_parameters": MROPE},
         vision_config={**VISION, "window_size": 16, "fullatt_block_indexes": [1]},
-        audio_config=dict(
-            d_model=32,
-            encoder_layers=1,
-            encoder_attention_heads=2,
-            encoder_ffn_dim=32,
-            output_dim=64,
-        ),
+        audio_config=dict(AUDIO),
         image_token_index=IMAGE,
         video_token_index=VIDEO,
         audio_token_index=107,
@@ -217,13 +220,7 @@ def qwen3_omni(rows: int) -> tuple[Any, dict[str, Tensor]]:
             "num_position_embeddings": 64,
             "deepstack_visual_indexes": [0, 1],
         },
-        audio_config=dict(
-            d_model=32,
-            encoder_layers=1,
-            encoder_attention_heads=2,
-            encoder_ffn_dim=32,
-            output_dim=64,
-        ),
+        audio_config=dict(AUDIO),
         image_token_id=IMAGE,
         video_token_id=VIDEO,
         audio_token_id=107,
