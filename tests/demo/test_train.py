@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from torch.nn.functional import scaled_dot_product_attention as attend
+from transformers import Qwen2VLForConditionalGeneration
 
 from std_decode.demo import train
 from std_decode.demo.camera import random_clip
@@ -84,6 +85,20 @@ def test_training_begins_with_a_given_model(tmp_path, tiny_stages):
     state, given = torch.load(tmp_path / "state.pt", weights_only=True), load_model().state_dict()
     for name, value in given.items():
         torch.testing.assert_close(state["model"][name], value, atol=1e-8, rtol=0)
+
+
+@torch.no_grad()
+def test_copied_kv_heads_leave_the_function_as_it_is():
+    narrow = new_model().config
+    narrow.text_config.num_key_value_heads = 2
+    given = Qwen2VLForConditionalGeneration(narrow).eval()
+    for name, weight in given.named_parameters():  # biases of keys and values begin as zeros
+        if name.endswith("proj.bias"):
+            weight.normal_()
+    wide = train.widened(given).eval()
+    assert wide.config.text_config.num_key_value_heads == 8
+    ids = torch.randint(7, 60, (2, 9))
+    torch.testing.assert_close(wide(ids).logits, given(ids).logits)
 
 
 def test_the_learning_rate_rises_stays_and_falls():
