@@ -15,6 +15,7 @@ from transformers import DynamicCache
 from std_decode import twin_cache
 from std_decode.cost import Device, Workload, expected_tokens
 from std_decode.memory import free_memory, gigabytes
+from std_decode.ranks import own_file
 from std_decode.twins import Twins, local
 
 # "auto" has to decide before any prompt is seen, so it goes by one that people patch for.
@@ -127,7 +128,7 @@ def prepare(
     if cache is None:
         twins.make(model)
     else:
-        twin_cache.make(model, twins, Path(cache))
+        twin_cache.make(model, twins, own_file(model, Path(cache)))
     return DraftWeights(twins, because, most_rows)
 
 

@@ -219,7 +219,7 @@ def load_processor(
 
     if takes:
         check_packages()
-    with _one_line(name):
+    with one_line(name):
         config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
     if not _sees(config):
         if takes:
@@ -228,10 +228,10 @@ def load_processor(
                 "image-text-to-text model"
             )
         check_packages("jinja2")
-        with _one_line(name):
+        with one_line(name):
             return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
     check_packages()
-    with _one_line(name):
+    with one_line(name):
         processor = AutoProcessor.from_pretrained(name, trust_remote_code=trust_remote_code)
     for kind in takes:
         if getattr(processor, f"{kind}_processor", None) is None:
@@ -254,15 +254,23 @@ def load_model(
         InputError: there is none that generates text, or no such device.
     """
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers import AutoConfig
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     check_device(device)
-    with _one_line(name):
+    with one_line(name):
         config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
-        kind = AutoModelForImageTextToText if _sees(config) else AutoModelForCausalLM
-        model = kind.from_pretrained(name, dtype=dtype, trust_remote_code=trust_remote_code)
+        model = auto_class(config).from_pretrained(
+            name, dtype=dtype, trust_remote_code=trust_remote_code
+        )
     return model.to(device).eval()
+
+
+def auto_class(config: Any) -> Any:
+    """What loads a model of this configuration: one that sees where it can, else a text model."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    return AutoModelForImageTextToText if _sees(config) else AutoModelForCausalLM
 
 
 def check_device(device: str) -> None:
@@ -285,7 +293,7 @@ def _sees(config: Any) -> bool:
     return known or "AutoModelForImageTextToText" in remote
 
 
-class _one_line:
+class one_line:
     """Turns what `from_pretrained` says of a bad model into one line."""
 
     def __init__(self, name: str):

@@ -1,9 +1,20 @@
 """One model over several processes, one GPU each: tensor parallelism by transformers' own plan.
 
-    torchrun --nproc-per-node 4 -m std_decode ...
+    torchrun --nproc-per-node 4 -m std_decode generate --tp ...
 
 starts four processes that all run the same command. Each holds a share of every layer's heads and
-of its MLP; they add up what their shares come to, and all choose the same tokens.
+of its MLP; they add up what their shares come to, and all choose the same tokens. In a script of
+your own, started by torchrun in the same way, `patch` and `generate` stay as they are:
+
+    def ask(place):
+        model = load_model("Qwen/Qwen2-VL-72B-Instruct", place, dtype="bfloat16")
+        std_decode.patch(model)
+        output = model.generate(**inputs.to(model.device))  # inputs: of the processor, as ever
+        if place.first:
+            print(std_decode.last_stats(model))
+        return 0
+
+    sys.exit(run(ask))
 """
 
 from __future__ import annotations
@@ -18,9 +29,9 @@ from typing import Any
 
 from std_decode.cli import BadInput
 from std_decode.demo.video import VideoError
-from std_decode.inputs import InputError, _one_line
+from std_decode.inputs import InputError, auto_class, load_model as load_whole, one_line
 
-_START = "start it as: torchrun --nproc-per-node GPUS -m std_decode ..."
+_START = "start it as: torchrun --nproc-per-node GPUS -m std_decode generate --tp ..."
 _VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 PATIENCE = 600.0  # seconds
 
@@ -125,6 +136,9 @@ def _tell(error: BaseException, place: Place) -> int:
     if isinstance(error, KeyboardInterrupt):
         print(f"{where}: interrupted", file=sys.stderr)
         return 130
+    if isinstance(error, BrokenPipeError):  # nobody reads the answer any more
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     first = next(iter(str(error).strip().splitlines()), "")
     if isinstance(error, dist.DistError) or "gloo" in first or "NCCL" in first:
         print(f"{where}: another process has died or does not answer: {first}", file=sys.stderr)
@@ -148,26 +162,26 @@ def load_model(
         dtype: "auto" (as it was saved), "float32", "bfloat16", "float16".
 
     Raises:
-        InputError: there is none that takes images and text, transformers has no plan to share
-            it, or its KV heads cannot be shared by so many.
+        InputError: there is none that generates text, transformers has no plan to share it, or
+            its KV heads cannot be shared by so many.
     """
-    from transformers import AutoConfig, AutoModelForImageTextToText
+    from transformers import AutoConfig
     from transformers.distributed import DistributedConfig
 
-    with _one_line(name):
+    loading: dict[str, Any] = dict(dtype=dtype, trust_remote_code=trust_remote_code)
+    if place.size == 1:
+        return load_whole(name, device=place.device, **loading)
+    with one_line(name):
         config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
     _check_plan(name, config.get_text_config(decoder=True), place.size)
-    plan = {"distributed_config": DistributedConfig(tp_plan="auto")} if place.size > 1 else {}
-    with _one_line(name):
-        model = AutoModelForImageTextToText.from_pretrained(
-            name, dtype=dtype, trust_remote_code=trust_remote_code, **plan
+    with one_line(name):
+        model = auto_class(config).from_pretrained(
+            name, distributed_config=DistributedConfig(tp_plan="auto"), **loading
         )
-    return model.to(place.device).eval() if place.size == 1 else model.eval()
+    return model.eval()
 
 
 def _check_plan(name: str, text: Any, size: int) -> None:
-    if size == 1:
-        return
     if not getattr(text, "base_model_tp_plan", None):
         raise InputError(
             f"{name}: transformers has no tensor-parallel plan for {text.model_type}; share its "

@@ -87,7 +87,8 @@ def patch(
             gain and they take at most half of the free memory. Verification is dense either way.
             A layer that cannot have a copy keeps its weights; `last_stats` counts and says why.
         draft_weights_cache: a file to keep the copies in, so that they need not be made again; a
-            file of other weights' copies is replaced.
+            file of other weights' copies is replaced. Processes that share the model by tensor
+            parallelism have a file each: "name-1-of-2.ext" for "name.ext".
         cuda_graphs: whether decoding passes are captured and replayed on a CUDA device. The call's
             buffers are then kept for the next call, until `unpatch`. What cannot be captured runs
             pass by pass, and `last_stats` says why.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -37,15 +38,33 @@ def share_random_numbers(model: Any, device: torch.device) -> None:
         generator.set_state(tell(generator.get_state()))
 
 
-def _broadcast(model: Any) -> Callable[[Tensor], Tensor] | None:
-    """What turns a tensor of the CPU into that of the first rank; None with a single process."""
-    if (getattr(model, "_tp_size", None) or 1) == 1 or not torch.distributed.is_initialized():
-        return None
+def own_file(model: Any, path: Path) -> Path:
+    """Where this rank keeps what is of its share of the model; `path` with a single process."""
+    if not _shared(model):
+        return path
+    group = _group(model)
+    rank, size = torch.distributed.get_rank(group), torch.distributed.get_world_size(group)
+    return path.with_name(f"{path.stem}-{rank + 1}-of-{size}{path.suffix}")
+
+
+def _shared(model: Any) -> bool:
+    return (getattr(model, "_tp_size", None) or 1) > 1 and torch.distributed.is_initialized()
+
+
+def _group(model: Any) -> Any:
+    """Of the processes that share `model`; None: all there are."""
     # Other processes may have the same model for other prompts: they must not be waited for.
     mesh = getattr(model, "_device_mesh", None)
     if mesh is not None and mesh.ndim > 1:
         mesh = mesh["tp"]
-    group = None if mesh is None else mesh.get_group()
+    return None if mesh is None else mesh.get_group()
+
+
+def _broadcast(model: Any) -> Callable[[Tensor], Tensor] | None:
+    """What turns a tensor of the CPU into that of the first rank; None with a single process."""
+    if not _shared(model):
+        return None
+    group = _group(model)
 
     def tell(own: Tensor) -> Tensor:
         told = own.to(model.device, copy=True)

@@ -22,7 +22,9 @@ examples:
   std-decode generate
   std-decode generate --model Qwen/Qwen2-VL-2B-Instruct --video clip.mp4 --prompt "What is sold?"
   std-decode generate --model ./mine --image photo.jpg --prompt "Read the sign." --dtype bfloat16
-  std-decode generate --model ./mine --prompt "Write a poem." --sample --seed 7 --stats"""
+  std-decode generate --model ./mine --prompt "Write a poem." --sample --seed 7 --stats
+  torchrun --nproc-per-node 4 -m std_decode generate --tp --model Qwen/Qwen2-VL-72B-Instruct \\
+    --prompt "What is sold?" --video clip.mp4 --dtype bfloat16"""
 
 COMPARE = """\
 See on your own model and video whether the patch keeps its promise, and whether it pays.
@@ -107,9 +109,12 @@ def add_generate(commands: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     _add_question(generate)
-    generate.add_argument(
-        "--stats", action="store_true", help="tell on stderr what drafting came to (last_stats)"
-    )
+    add = generate.add_argument
+    add("--stats", action="store_true",
+        help="tell on stderr what drafting came to (last_stats)")  # fmt: skip
+    add("--tp", action="store_true",
+        help="share the model among the processes of torchrun, a GPU each: tensor "
+        "parallelism")  # fmt: skip
 
 
 def add_compare(commands: Any) -> None:

@@ -4,30 +4,45 @@ from __future__ import annotations
 
 import argparse
 import sys
+from typing import Any
 
 from rich.console import Console
 from transformers.utils.logging import disable_progress_bar
 
 import std_decode
+from std_decode import parallel
 from std_decode.commands.answer import answer, one_line, patch_options, sampling
 from std_decode.commands.question import ask, check_question
+from std_decode.parallel import Place
 
 
 def generate(options: argparse.Namespace) -> int:
     """Run ``std-decode generate``: the answer to stdout, all else to stderr. Returns 0."""
     check_question(options)
     patch, chosen = patch_options(options), sampling(options)
-    console = Console(stderr=True)
+    if options.tp:
+        return parallel.run(lambda place: _generate(options, patch, chosen, place))
+    return _generate(options, patch, chosen)
+
+
+def _generate(
+    options: argparse.Namespace,
+    patch: dict[str, Any],
+    chosen: dict[str, Any],
+    place: Place | None = None,
+) -> int:
+    first = place is None or place.first  # the others compute, and say nothing
+    console = Console(stderr=True, quiet=not first)
     disable_progress_bar()
     with one_line():
-        question = ask(options, console)
+        question = ask(options, console, place)
         with std_decode.patched(question.model, **patch) as model:
             answer(
                 model,
                 question.inputs,
                 question.tokenizer,
                 options.seed,
-                _write,
+                _write if first else None,
                 max_new_tokens=question.most_tokens,
                 **chosen,
             )

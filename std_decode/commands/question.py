@@ -16,6 +16,7 @@ from rich.console import Console
 from torch import Tensor
 
 import std_decode
+from std_decode import parallel
 from std_decode.cli import BadInput
 from std_decode.inputs import (
     check_device,
@@ -27,9 +28,10 @@ from std_decode.inputs import (
     read_video,
     to_model,
 )
+from std_decode.parallel import Place
 
 FRAMES = 32  # of a video, where the user does not say
-_OWN = ("prompt", "image", "frames", "dtype", "device", "trust_remote_code")
+_OWN = ("prompt", "image", "frames", "dtype", "device", "trust_remote_code", "tp")
 
 
 @dataclass(frozen=True)
@@ -89,14 +91,19 @@ def check_question(options: argparse.Namespace) -> None:
     if options.model is None:
         refuse(options, _OWN, "is for a model of yours; give --model too")
         return
+    if getattr(options, "tp", False):
+        refuse(options, ("device",), "is for one process; with --tp each takes a GPU of its own")
     if options.video is None:
         refuse(options, ("frames",), "is for a video; give --video too")
     if options.video is None and image is None and options.prompt is None:
         raise BadInput("--model needs a question; give --prompt TEXT, --video or --image FILE")
 
 
-def ask(options: argparse.Namespace, console: Console) -> Question:
+def ask(options: argparse.Namespace, console: Console, place: Place | None = None) -> Question:
     """Read the video, make the prompt, load the model.
+
+    Args:
+        place: of this process, to load its share of the model; None: the whole one.
 
     Raises:
         InputError, VideoError: something is missing or no good; the message is one line.
@@ -122,12 +129,11 @@ def ask(options: argparse.Namespace, console: Console) -> Question:
         prompt = options.prompt or f"Describe the {' and the '.join(takes)} in detail."
         inputs = make_inputs(processor, clip, prompt, image=image)
         status.update(f"loading {options.model}")
-        model = load_model(
-            options.model,
-            dtype=options.dtype or "auto",
-            device=options.device,
-            trust_remote_code=trust,
-        )
+        loading: dict[str, Any] = dict(dtype=options.dtype or "auto", trust_remote_code=trust)
+        if place is None:
+            model = load_model(options.model, device=options.device, **loading)
+        else:
+            model = parallel.load_model(options.model, place, **loading)
     about = [options.model.rstrip("/").rpartition("/")[2]]
     if clip is not None:
         about += [options.video.name, f"{len(clip.frames)} frames"]
