@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -18,7 +20,9 @@ _HELP = """\
 Renders camera clips of many lengths into video files and has the demo model narrate all of them:
 by a plain loop that reads, asks and generates one at a time, unpatched and patched, and as
 `std-decode batch` does, at several batch sizes. Reading the files is part of the time, loading the
-model is not; "reading alone" is what it comes to.
+model is not; "reading alone" is what it comes to. "loop over compare" is what a user without
+`batch` might do: `std-decode compare --no-advice` for each file, which answers three times, two of
+them patched, and loads the model; here in one process, so without starting Python anew.
 
 HOW IT IS TIMED. All ways take turns in one process, in an order that is reversed each time, and so
 often as --repeat says. The seconds are medians; "over the loop" is the median of the ratios to the
@@ -126,7 +130,10 @@ def _measure(
 
         return call
 
-    ways = {LOOP: loop, "loop, patched": loop}
+    def compared() -> list[Row]:
+        return [_compare(video, str(draft_length)) for video in videos]
+
+    ways = {LOOP: loop, "loop, patched": loop, "loop over compare": compared}
     ways |= {f"batch, size {size}": together(size) for size in options.batch_sizes}
     spans: dict[str, list[float]] = {name: [] for name in (*ways, "reading alone")}
     told: dict[str, list[dict[str, Row]]] = {name: [] for name in ways}
@@ -148,6 +155,19 @@ def _measure(
         spans["reading alone"].append(time.perf_counter() - begun)
         progress.advance(task)
     return _records(videos, spans, told)
+
+
+def _compare(video: str, draft_length: str) -> dict[str, Any]:
+    """The row of an answer by `std-decode compare`."""
+    from std_decode import cli
+
+    with tempfile.TemporaryDirectory() as folder, redirect_stdout(io.StringIO()):
+        figures = Path(folder) / "figures.json"
+        given = ["--no-advice", "--draft-length", draft_length, "--json", str(figures)]
+        if cli.main(["compare", "--video", video, *given]) != 0:
+            return {"video": video, "error": "the tokens were not identical"}
+        told = json.loads(figures.read_text())
+    return {"video": video, "answer": told["answer"], "tokens": told["answer_tokens"]}
 
 
 def _records(

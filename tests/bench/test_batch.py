@@ -14,12 +14,13 @@ QUICK = ["batch", "--clips", "3", "--seconds", "6", "14", "--batch-sizes", "1", 
 def test_every_way_from_end_to_end(tmp_path, capsys):
     assert main([*QUICK, "--repeat", "2", "--out", str(tmp_path)]) == 0
     about, *records = map(json.loads, (tmp_path / "batch.jsonl").read_text().splitlines())
-    ways = ["loop, unpatched", "loop, patched", "batch, size 1", "batch, size 3", "reading alone"]
+    ways = ["loop, unpatched", "loop, patched", "loop over compare", "batch, size 1"]
+    ways += ["batch, size 3", "reading alone"]
     assert [record["way"] for record in records] == ways
     assert all(record["same"] == 3 and len(record["ratios"]) == 2 for record in records)
     assert records[0]["ratio"] == 1.0 and "24 to 56 video tokens" in about["conditions"]
     text = (tmp_path / "batch.md").read_text()
-    assert text.count("3 of 3") == 4 and "Many videos" in capsys.readouterr().out
+    assert text.count("3 of 3") == 5 and "Many videos" in capsys.readouterr().out
 
 
 def test_an_answer_that_differs_is_an_error(monkeypatch, tmp_path):

@@ -1,4 +1,4 @@
-"""`std-decode generate --tp`: two processes of torchrun answer as one, and only the first speaks."""
+"""`std-decode generate --tp`: two processes answer as one, and only the first one speaks."""
 
 import os
 import re
