@@ -135,7 +135,8 @@ class BufferLayer(CacheLayerMixin):
         if self.owner.is_prompt is not None:
             share *= self.owner.is_prompt.to(share.device)
         share /= share.sum(dim=-1, keepdim=True).clamp_(min=1e-30)
-        torch.maximum(self.importance.mul_(FADE), share, out=self.importance)
+        # NaN, of a draft that is no number, is left out: it would stay for ever.
+        torch.fmax(self.importance.mul_(FADE), share, out=self.importance)
 
     def note_lse(self, lse: Tensor) -> None:
         """Keep a draft step's log-sum-exp, ``[B, Hq, 1]``, as an estimate for verification."""

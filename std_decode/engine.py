@@ -46,6 +46,16 @@ def shared_inputs(inputs: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in inputs.items() if name not in own}
 
 
+def spoiled(logits: Tensor) -> Tensor:
+    """Which rows' dense logits ``[B, T, V]`` may be NaN because of a draft, bool ``[B]``.
+
+    A draft whose values (V) are NaN or infinite spoils all tokens before it in the pass, that may
+    not see it: attention weighs it by zero, and 0 x NaN is NaN. The row's pending token comes
+    first; NaN in its attention is NaN in all its logits.
+    """
+    return logits[:, 0, 0].isnan()
+
+
 def compile_pass(forward: Callable[..., Any]) -> Callable[..., Any]:
     """The same pass with its small kernels (norms, rotary, activations, residuals) fused."""
     # Fused kernels keep more digits between operators than bfloat16 has; rounding there as plain

@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from std_decode.cache import CACHE
-from std_decode.engine import Engine, shared_inputs
+from std_decode.engine import Engine, shared_inputs, spoiled
 from std_decode.policy import DraftLength, FixedLength
 from std_decode.sampling import Drafter
 
@@ -80,6 +80,13 @@ class Lockstep:
         gamma, left = self.length.choose([0]), self.drafter.steps_left()
         if self.engine.graphs is None:  # with graphs shapes repeat, and drafts too many are cut
             gamma = max(0, min(gamma, left - 1))
+        round = self.pass_of(inputs, gamma, left)
+        if gamma and bool(spoiled(round.logits).any()):
+            round = self.pass_of(inputs, 0, left)
+        return round
+
+    def pass_of(self, inputs: dict[str, Any], gamma: int, left: int) -> Round:
+        """Draft `gamma` tokens and verify them; at most `left` are to come."""
         position = inputs["position_ids"][..., -1:]
         # The last possible token is never read; drafts from there on are not kept, but a position
         # table may end.

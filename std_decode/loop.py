@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from std_decode.engine import Engine, shared_inputs
+from std_decode.engine import Engine, shared_inputs, spoiled
 from std_decode.policy import DraftLength, FixedLength
 from std_decode.rows import MOST_TOKENS_PER_PASS, Rows
 from std_decode.sampling import Chooser
@@ -48,6 +48,7 @@ class Decoding:
         self.length, self.streamer = length, streamer
         self.step_limit = 0  # that the rows may come to in this round
         self.row_passes = 0  # dense passes after prefill, once for each row that went on
+        self.spoiled = False  # whether a row got nothing, see `accept`
 
     def run(self, model: Any, input_ids: Tensor, config: Any, kwargs: dict[str, Any]) -> Tensor:
         """Generate; the arguments are those of a transformers model's ``_sample``.
@@ -81,7 +82,8 @@ class Decoding:
     def round(self) -> None:
         rows, cache = self.rows, self.engine.cache
         going, before, spent = rows.going(), time.perf_counter(), self.engine.spent()
-        gamma = self.length.choose(going)
+        again = self.spoiled
+        gamma = 0 if again else self.length.choose(going)
         if self.engine.graphs is None:  # with graphs shapes repeat, and drafts too many are cut
             gamma = max(0, min(gamma, rows.most_steps_left() - 1))
         self.row_passes += len(going)
@@ -96,7 +98,8 @@ class Decoding:
         rest = time.perf_counter() - before - drafting
         gained = sum(own[row] for row in going) / len(going)
         right = {row: agreed[row] for row in going}
-        self.length.observe(gamma, right, drafting, rest, gained, first_use > 0)
+        if not again:
+            self.length.observe(gamma, right, drafting, rest, gained, first_use > 0)
 
     def begin_round(self, gamma: int) -> None:
         """Make room for a round's tokens, and have the random numbers that choose them."""
@@ -118,6 +121,8 @@ class Decoding:
     def accept(self, drafts: Tensor, logits: Tensor) -> tuple[Tensor, list[int], list[int]]:
         """Keep the drafts that agree with the dense choice, and the dense choice after them.
 
+        A row gets nothing where a draft has spoiled the logits; then a dense step follows.
+
         Args:
             drafts: ``[B, gamma]``.
             logits: dense, before each of them and after the last, ``[B, gamma + 1, V]``.
@@ -131,6 +136,7 @@ class Decoding:
         agreeing = torch.zeros_like(rows.steps)
         if drafts.shape[1]:
             agreeing = (drafts == chosen[:, :-1]).long().cumprod(dim=1).sum(dim=1)
+            agreeing = torch.where(spoiled(logits), -1, agreeing)
         given, kept = rows.keep(chosen, agreeing, self.step_limit)
         if undefined is not None:
             undefined = (undefined & (rows.ahead[: chosen.shape[1]] < given[:, None])).sum(dim=1)
@@ -140,6 +146,8 @@ class Decoding:
         )
         if any(map(any, unusable)):  # as torch.multinomial has it
             raise RuntimeError("probability tensor contains either `inf`, `nan` or element < 0")
+        self.spoiled = any(agreed[row] < 0 for row in rows.going())
+        agreed = [max(0, count) for count in agreed]
         stats.emitted += sum(own)
         stats.accepted += sum(map(min, agreed, own))
         if self.streamer is not None:
