@@ -17,14 +17,13 @@ Made from the docstrings by `python docs/make_api.py`; change those, not this pa
 """
 MODULES = {
     "std_decode": ["patch", "unpatch", "patched", "is_patched", "last_stats", "DecodeStats"],
+    "std_decode.frames": ["read_video", "Video"],
     "std_decode.inputs": [
-        "read_video",
         "read_image",
         "load_processor",
         "load_model",
         "make_inputs",
         "to_model",
-        "Video",
         "InputError",
     ],
     "std_kernels": None,  # all of it

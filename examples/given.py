@@ -24,7 +24,8 @@ def model_and_questions():
 
 
 def of_yours(options):
-    from std_decode.inputs import load_model, load_processor, make_inputs, read_video, to_model
+    from std_decode.frames import read_video
+    from std_decode.inputs import load_model, load_processor, make_inputs, to_model
 
     processor = load_processor(options.model)
     model = load_model(options.model)

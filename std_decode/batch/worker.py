@@ -214,7 +214,8 @@ def demo_tag(prompt: str | None) -> int | None:
 
 
 def _own(job: Job) -> Make:
-    from std_decode.inputs import load_model, load_processor, make_inputs, read_video
+    from std_decode.frames import read_video
+    from std_decode.inputs import load_model, load_processor, make_inputs
 
     settings = job.settings
     processor = load_processor(settings.model, trust_remote_code=job.trust_remote_code)

@@ -18,6 +18,7 @@ from torch import Tensor
 import std_decode
 from std_decode import parallel
 from std_decode.cli import BadInput
+from std_decode.frames import read_video
 from std_decode.inputs import (
     check_device,
     check_packages,
@@ -25,7 +26,6 @@ from std_decode.inputs import (
     load_processor,
     make_inputs,
     read_image,
-    read_video,
     to_model,
 )
 from std_decode.parallel import Place

@@ -201,7 +201,8 @@ import contextlib, io, json, sys
 from pathlib import Path
 from PIL import Image
 from std_decode import cli
-from std_decode.inputs import load_model, load_processor, make_inputs, read_video
+from std_decode.frames import read_video
+from std_decode.inputs import load_model, load_processor, make_inputs
 
 folder, clip_file, picture_file = sys.argv[1:4]
 picture = Image.new("RGB", (64, 48), (200, 30, 90))

@@ -8,8 +8,9 @@ import pytest
 import torch
 from transformers import BatchFeature
 
-from std_decode import inputs
-from std_decode.inputs import InputError, read_video, to_model
+from std_decode import frames
+from std_decode.frames import read_video
+from std_decode.inputs import InputError, to_model
 
 FRAMES, STEP = 60, 4  # grey grows by this much a frame
 
@@ -56,7 +57,7 @@ def test_uneven_frames_are_sampled_by_time(tmp_path):
 
 
 def test_decoded_pixels_are_bounded(tmp_path, monkeypatch):
-    monkeypatch.setattr(inputs, "MOST_PIXELS", 60 * 300)
+    monkeypatch.setattr(frames, "MOST_PIXELS", 60 * 300)
     clip = read_video(film(tmp_path / "a.mp4"), 60)
     assert clip.frames.shape == (60, 15, 20, 3)
     assert np.abs(np.array(shown(clip)) - range(60)).max() <= 1  # as far as scaling keeps grey

@@ -80,7 +80,8 @@ def test_sparsity_measures_a_model_from_a_folder(tmp_path, filmed, saved):
 HANDED_ON = """
 import json, sys
 from pathlib import Path
-from std_decode.inputs import load_model, load_processor, make_inputs, read_video
+from std_decode.frames import read_video
+from std_decode.inputs import load_model, load_processor, make_inputs
 
 processor = load_processor(sys.argv[1])
 clip = read_video(Path(sys.argv[2]), 8)

@@ -12,7 +12,8 @@ import pytest
 
 from std_decode import cli, media
 from std_decode.demo import video
-from std_decode.inputs import InputError, read_video
+from std_decode.frames import read_video
+from std_decode.media import InputError
 from std_decode.output import replace_file
 from tests.decode.test_inputs import film
 from tests.reliability.fuzz import damaged, fuzz, make_files
@@ -61,9 +62,9 @@ def test_500_mutated_files():
 def test_the_fuzzer_sees(monkeypatch, tmp_path, fault, words):
     """A reader that fails in this way, put in its place in the process that reads."""
     (tmp_path / "sitecustomize.py").write_text(
-        "from std_decode import inputs, media\n"
+        "from std_decode import frames, media\n"
         f"def read_video(path, frames):\n    {fault}\n"
-        "inputs.read_video = read_video\n"
+        "frames.read_video = read_video\n"
     )
     root = os.path.dirname(os.path.dirname(os.path.dirname(__file__)))
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), root]))
@@ -229,7 +230,7 @@ def test_limits(tmp_path, monkeypatch):
             patches.setattr(owner, name, value)
             results = both(path)
         assert all(words in result for result in results)
-    monkeypatch.setattr("std_decode.inputs.MOST_PACKETS", 59)
+    monkeypatch.setattr("std_decode.frames.MOST_PACKETS", 59)
     with pytest.raises(InputError, match="more than 59 frames"):
         read_video(path, 4)
 
