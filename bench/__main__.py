@@ -4,10 +4,22 @@ import argparse
 import sys
 from importlib import import_module
 
-_COMMANDS = (
-    "acceptance", "batch", "compile", "decode", "demo", "exactness", "kernels", "prefill",
-    "report", "roofline", "selection", "tune", "gpu",
-)  # fmt: skip
+# Where each is.
+COMMANDS = {
+    "acceptance": "bench.acceptance",
+    "batch": "bench.batch",
+    "compile": "bench.compile",
+    "decode": "bench.decode.command",
+    "demo": "bench.demo",
+    "exactness": "bench.exactness.command",
+    "kernels": "bench.kernels.command",
+    "prefill": "bench.prefill",
+    "report": "bench.report.command",
+    "roofline": "bench.roofline.command",
+    "selection": "bench.selection.command",
+    "tune": "bench.tune.command",
+    "gpu": "bench.gpu.command",
+}
 
 _EPILOG = """\
 examples:
@@ -38,9 +50,9 @@ def main(argv: list[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     argv = sys.argv[1:] if argv is None else argv
     # One that is named is imported alone: some commands need torch to say what they take.
-    named = [command for command in _COMMANDS if command in argv[:1]]
-    for command in named or _COMMANDS:
-        import_module(f"bench.{command}").add_parser(commands)
+    named = [command for command in COMMANDS if command in argv[:1]]
+    for command in named or COMMANDS:
+        import_module(COMMANDS[command]).add_parser(commands)
     options = parser.parse_args(argv)
     return options.run(options)
 

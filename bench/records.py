@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 import sys
@@ -12,54 +11,15 @@ from typing import Any
 
 from std_decode.output import replace_file
 
-ROOT = Path(__file__).parents[1]
 Record = dict[str, Any]
 # Of an environment: what differs from run to run.
 _PASSING = ("date", "copy_gb_per_s", "command", "absent")
-
-
-def environment(device: Any, **more: Any) -> Record:
-    """The first record of a file: the device, versions, commit, date, and whatever is given.
-
-    Args:
-        device: a torch.device.
-        more: that results depend on; a run that was cut off goes on only with the same.
-    """
-    import transformers
-
-    from bench import gpu
-
-    found = gpu.environment(device)
-    return {
-        "kind": "environment",
-        "device": found.get("gpu") or found["cpu"],
-        **found,
-        **more,
-        "transformers": transformers.__version__,
-        "sources": sources(),
-    }
 
 
 def file_of(out: Path, command: str, device: str) -> Path:
     """Where a command's results on a device are: one file each."""
     name = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
     return out / f"{command}-{name}.jsonl"
-
-
-def sources() -> str:
-    """A hash of the packages: changes that are not committed count, and git need not be there."""
-    digest = hashlib.sha256()
-    for package in ("bench", "std_decode", "std_kernels"):
-        for path in sorted((ROOT / package).rglob("*.py")):
-            digest.update(path.read_bytes())
-    return digest.hexdigest()[:12]
-
-
-def checkpoint() -> str:
-    """A hash of the demo model's weights."""
-    from std_decode.demo.model import FOLDER
-
-    return hashlib.sha256((FOLDER / "model.safetensors").read_bytes()).hexdigest()[:12]
 
 
 def read(path: Path) -> list[Record]:
@@ -127,21 +87,6 @@ def _differences(one: Record, other: Record) -> list[str]:
     """In what two environments differ for good."""
     names = dict.fromkeys((*one, *other))
     return [n for n in names if n not in _PASSING and one.get(n) != other.get(n)]
-
-
-def in_words(about: Record) -> str:
-    """What a file's results were made on."""
-    threads = about.get("threads")
-    return ", ".join(filter(None, (
-        about.get("device") or about.get("gpu") or about.get("cpu"),
-        f"{threads} thread{'s' if threads > 1 else ''}" if threads else None,
-        f"driver {about['driver']}" if about.get("driver") else None,
-        f"torch {about['torch']}",
-        f"transformers {about['transformers']}" if about.get("transformers") else None,
-        f"commit {about['commit'][:9]}" if about.get("commit") else None,
-        about["date"][:10],
-        about.get("note"),
-    )))  # fmt: skip
 
 
 def markdown_table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> list[str]:

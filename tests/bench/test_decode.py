@@ -10,8 +10,12 @@ import pytest
 import torch
 
 import std_decode
-from bench import cell, decode, probes, prompts, records, shapes, tables
+from bench import probes, records
 from bench.__main__ import main
+from bench.decode import cell, tables
+from bench.decode import command as decode
+from bench.models import build, prompts
+from bench.models.dimensions import SHAPES, Shape
 from std_decode.loop import Decoding
 
 CPU = torch.device("cpu")
@@ -46,7 +50,7 @@ def bench(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def model():
-    return shapes.build(shapes.SHAPES["tiny"], torch.float32, CPU, seed=0)
+    return build.random_model(SHAPES["tiny"], torch.float32, CPU, seed=0)
 
 
 @pytest.fixture
@@ -88,16 +92,16 @@ def test_drafts_with_4_bit_weights(bench, monkeypatch):
     assert decoded[int4]["status"] == "ok" and "GB of int4 copies" in decoded[int4]["note"]
     assert decoded[int4]["same_as_transformers"] == "20 of 20"
     bytes_of = {(r["what"], r["pass"]): r["bytes"] for r in of(records, "pass")}
-    shape = shapes.SHAPES["tiny"]
+    shape = SHAPES["tiny"]
     twins = decoded[int4]["draft_weight_bytes"]
     assert 0.5 * shape.counts.matrices < twins < 0.63 * shape.counts.matrices
     assert bytes_of[int4, "verify"] == bytes_of[own, "verify"]
     # In float32 a weight is 4 bytes, in the copies it is twins / matrices.
     saved = 4 * shape.counts.matrices - twins
     assert bytes_of[own, "draft"] - bytes_of[int4, "draft"] == saved
-    monkeypatch.setattr(shapes, "free_memory", lambda device: 1000)
-    assert "of 4-bit copies" not in str(shapes.needs(shape, torch.float32, CPU, 1, 10))
-    assert "of 4-bit copies" in str(shapes.needs(shape, torch.float32, CPU, 1, 10, twins=True))
+    monkeypatch.setattr(build, "free_memory", lambda device: 1000)
+    assert "of 4-bit copies" not in str(build.needs(shape, torch.float32, CPU, 1, 10))
+    assert "of 4-bit copies" in str(build.needs(shape, torch.float32, CPU, 1, 10, twins=True))
 
 
 @pytest.mark.parametrize("acceptance", [0.0, 0.5, 0.9, 1.0])
@@ -255,12 +259,12 @@ def test_a_first_use_is_interrupted():
 
 
 def test_what_does_not_fit_in_memory_is_refused(bench, capsys, monkeypatch):
-    monkeypatch.setattr(shapes, "free_memory", lambda device: 1000)
+    monkeypatch.setattr(build, "free_memory", lambda device: 1000)
     assert bench() == (2, [])
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "GB of weights" in error and "0.00 GB are free" in error
-    small = shapes.needs(shapes.SHAPES["tiny"], torch.float32, CPU, 1, 170).total
-    monkeypatch.setattr(shapes, "free_memory", lambda device: small + 1000)
+    small = build.needs(SHAPES["tiny"], torch.float32, CPU, 1, 170).total
+    monkeypatch.setattr(build, "free_memory", lambda device: small + 1000)
     status, records = bench("--batch", "1", "64", "--seconds", "0")
     (large,) = of(records, "decode", 64)
     assert status == 0 and large["status"].startswith("skipped: does not fit: about 0.")
@@ -276,7 +280,7 @@ def test_what_does_not_fit_in_memory_is_refused(bench, capsys, monkeypatch):
     ],
 )
 def test_what_decoding_and_reading_need(rows, kv, activations, counted):
-    needed = shapes.Needs(50_000_000, int(kv), int(activations), 0, rows=rows)
+    needed = build.Needs(50_000_000, int(kv), int(activations), 0, rows=rows)
     assert needed.total == pytest.approx(1.1 * (50e6 + counted) + 2**26)
 
 
@@ -286,17 +290,17 @@ def test_what_decoding_and_reading_need(rows, kv, activations, counted):
      ("llama-3-8b", 8.03, 131072)],
 )  # fmt: skip
 def test_shapes_are_those_of_real_models(name, billions, kv):
-    shape = shapes.SHAPES[name]
-    assert shapes.parameter_bytes(shape, torch.bfloat16) / 2e9 == pytest.approx(billions, abs=0.01)
-    assert shapes.kv_bytes(shape, torch.bfloat16) == kv
+    shape = SHAPES[name]
+    assert build.parameter_bytes(shape, torch.bfloat16) / 2e9 == pytest.approx(billions, abs=0.01)
+    assert build.kv_bytes(shape, torch.bfloat16) == kv
 
 
 @pytest.mark.parametrize("family", ["llava_onevision", "llama", "qwen3_vl", "qwen3_vl_moe"])
 def test_families_decode(family):
     more = {"head_dim": 32} if family.startswith("qwen3") else {}
     more |= {"experts": 4, "experts_per_token": 2} if family.endswith("moe") else {}
-    shape = shapes.Shape(family, 64, 2, 4, 2, 96, 128, 1e4, 0.2, **more)
-    prompt = prompts.Prompt(shapes.build(shape, torch.float32, CPU, 0), 40, seed=0)
+    shape = Shape(family, 64, 2, 4, 2, 96, 128, 1e4, 0.2, **more)
+    prompt = prompts.Prompt(build.random_model(shape, torch.float32, CPU, 0), 40, seed=0)
     one = make_cell(prompt, new_tokens=12)
     one.run()
     states = {record["what"]: record["status"] for record in one.results.of("decode")}
@@ -395,7 +399,7 @@ def test_the_demo_model_from_end_to_end(bench, tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def narrations():
-    model = shapes.demo_model(torch.float32, CPU)
+    model = build.demo_model(torch.float32, CPU)
     return prompts.DemoPrompt(model, 256, seed=3, events=4)
 
 

@@ -6,8 +6,9 @@ from importlib import import_module
 import pytest
 import torch
 
-from bench import gpu, records
-from bench.__main__ import main
+from bench import environment, records
+from bench.__main__ import COMMANDS, main
+from bench.gpu import command as gpu
 
 CPU = ["--device", "cpu"]
 PREFILL = ["--shape", "tiny", *CPU, "--tokens", "120", "--pairs", "1"]
@@ -18,7 +19,7 @@ FAILING = ["--collect-only", "-q", "-n0", "no_such_file.py"]
 
 @pytest.fixture
 def about():
-    return records.environment(torch.device("cpu"))
+    return environment.environment(torch.device("cpu"))
 
 
 def test_the_parts_take_less_than_nine_minutes():
@@ -28,7 +29,7 @@ def test_the_parts_take_less_than_nine_minutes():
 @pytest.mark.parametrize("part", gpu.PARTS[1:], ids=lambda part: part.name)
 def test_the_commands_know_what_they_are_asked(part):
     parser = argparse.ArgumentParser()
-    import_module(f"bench.{part.name}").add_parser(parser.add_subparsers())
+    import_module(COMMANDS[part.name]).add_parser(parser.add_subparsers())
     more = ["--seconds", "9", "--out", "x", "--resume"]
     parser.parse_args([part.name, *part.options, *more])
 
