@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+import traceback
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -78,9 +79,12 @@ def line_of(record: Record) -> str:
 
 
 def failure(error: BaseException) -> str:
-    """An exception in one line, as the status of a record."""
-    first = next(iter(str(error).strip().splitlines()), "")
-    return f"failed: {type(error).__name__}: {first}"[:300]
+    """An exception in one line, as the status of a record; where it came from goes to stderr."""
+    traceback.print_exception(error, limit=-12, file=sys.stderr)
+    # Of what a compiler says the first line may name a place only, the last one what is wrong.
+    said = [line.strip() for line in str(error).splitlines() if line.strip()]
+    ends = " ... ".join(dict.fromkeys((said[0], said[-1]))) if said else ""
+    return f"failed: {type(error).__name__}: {ends}"[:300]
 
 
 def _differences(one: Record, other: Record) -> list[str]:

@@ -21,6 +21,8 @@ from bench.decode.timings import Timings, TooNoisy
 NEAR_TIE = 1e-4  # of log-probability: in float32 rounding may decide below it, as in the tests
 COMPILING = 90.0  # seconds that the first use of what is compiled may take
 MOST_PLANS = 4
+# Of every batch the first before the second of any: what is the question before what takes long.
+STAGES = range(3)
 LOOKED_UP = 10  # tokens that prompt lookup drafts at most, as transformers' documentation has it
 LOOKUP = "transformers generate, prompt lookup"
 Way = tuple[str, Callable[[str], None], dict[str, Any]]
@@ -29,28 +31,33 @@ Way = tuple[str, Callable[[str], None], dict[str, Any]]
 class Cell(Timings):
     """Every way to decode one prompt at one batch size, once over."""
 
-    def run(self) -> None:
-        ways = [way for way in self.ways() if not self.done(*way)]
-        if not ways and self.done(UNPATCHED, None, {}):
+    hopeless = False  # transformers failed: there is nothing to compare with
+
+    def run(self, stage: int) -> None:
+        """The ways of one of the `STAGES`."""
+        ways = [way for way in self.ways(stage) if not self.done(*way)]
+        if self.hopeless or not ways and (self.expected is not None or self.done(UNPATCHED)):
             return
-        # Anew though it may be done: there is nothing else to compare with.
-        self.guard(UNPATCHED, self.transformers, {})
         if self.expected is None:
-            return
-        for way in ways:
+            # Anew though it may be done: there is nothing else to compare with.
+            self.guard(UNPATCHED, self.transformers, {})
+            self.hopeless = self.expected is None
+        for way in () if self.hopeless else ways:
             self.guard(*way)
 
-    def ways(self) -> Iterator[Way]:
+    def ways(self, stage: int) -> Iterator[Way]:
         """Name, what does it, and with which inputs; but for transformers' own."""
         asked, cuda = self.options.ways, self.device.type == "cuda"
-        yield from self.both("", {})
-        if "static" in asked:
-            yield STATIC, self.static, {}
-        if "lookup" in asked and self.prompt.trained and self.batch == 1:
-            yield LOOKUP, self.lookup, {}
-        if cuda and "compiled" in asked:
+        if stage == 0:
+            yield from self.both("", {})
+        elif stage == 1:
+            if "static" in asked:
+                yield STATIC, self.static, {}
+            if "lookup" in asked and self.prompt.trained and self.batch == 1:
+                yield LOOKUP, self.lookup, {}
+        elif cuda and "compiled" in asked:
             yield from self.both(", compiled", {"compile": True})
-        if cuda and "no-graphs" in asked:
+        if stage == 2 and cuda and "no-graphs" in asked:
             yield from self.both(", no graphs", {"cuda_graphs": False})
 
     def both(self, suffix: str, patch: dict[str, Any]) -> Iterator[Way]:
@@ -70,9 +77,9 @@ class Cell(Timings):
             how = "measured acceptance" if asked is None else f"forced acceptance {asked:g}"
             yield f"ours, {how}{drafts}{suffix}", part, inputs_of(asked, gamma, keys)
 
-    def done(self, name: str, _: Any, inputs: dict[str, Any]) -> bool:
+    def done(self, name: str, _: Any = None, inputs: dict[str, Any] | None = None) -> bool:
         """Whether an earlier run has both its times and those of its passes."""
-        made = self.record("decode", name, inputs)
+        made = self.record("decode", name, inputs or {})
         last = {UNPATCHED: "step", STATIC: "step", LOOKUP: None}.get(
             name, "verify" if inputs else "dense"
         )
@@ -90,7 +97,7 @@ class Cell(Timings):
         except probes.OutOfTime:
             # It may come in the middle of a compilation.
             torch.compiler.reset()
-            self.results.skip(record, "its first use did not end in time")
+            self.results.skip(record, self.late)
         except TooNoisy:
             self.results.skip(record, "the machine is too busy to time it")
         except Exception as error:
@@ -105,9 +112,8 @@ class Cell(Timings):
     # The ways to decode
 
     def transformers(self, name: str) -> None:
-        call = self.prompt.tokens
-        first, _ = self.first_use(lambda: call(self.n))
-        said = self.prompt.generate(self.n, return_dict_in_generate=True, output_scores=True)
+        call, kept = self.prompt.tokens, dict(return_dict_in_generate=True, output_scores=True)
+        first, said = self.first_use(lambda: self.prompt.generate(self.n, **kept))
         tokens = said.sequences[:, self.prompt.ids.shape[1] :]
         self.scores = [scores.cpu() for scores in said.scores]
         del said
@@ -172,7 +178,7 @@ class Cell(Timings):
         patch = {**patch, "draft_length": gamma, "top_k_keys": keys}
         self.inputs = inputs = inputs_of(acceptance, gamma, keys) if gamma else {}
         started = time.perf_counter()
-        with std_decode.patched(self.model, **patch):
+        with std_decode.patched(self.model, **patch), probes.unseen_cache():
             probes.synchronize(self.device)
             patching = time.perf_counter() - started
             with self.bounded() if patch.get("compile") else nullcontext():
@@ -218,7 +224,11 @@ class Cell(Timings):
 
     def bounded(self) -> AbstractContextManager[None]:
         """For what compiles."""
-        return probes.at_most(min(COMPILING, self.deadline - self.clock()))
+        left = self.deadline - self.clock()
+        self.late = f"its first use took more than {COMPILING:.0f} s"
+        if left < COMPILING:
+            self.late = "out of time: its first use did not end"
+        return probes.at_most(min(COMPILING, left))
 
     def calibrate(self, acceptance: float) -> tuple[Tensor, Tensor]:
         """Drafts that agree as asked, and the tokens that come of them.

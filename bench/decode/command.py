@@ -7,6 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,9 @@ rounding decides now and then and random texts part for good, so it is counted o
 by how much log-probability our choice was behind at worst, where they part.
 
 A batch and context that do not fit into memory are skipped, and the table says what they need.
-Several shapes share the time box evenly; what one does not use is for the next.
+Several shapes share the time box, the demo model a quarter of another's share; what one does not
+use is for the next. Batches and contexts are timed in the order given: transformers generate,
+dense and drafts of every batch, then the static cache and lookup of every batch, then the rest.
 
 Writes into DIR as it goes: decode-DEVICE.jsonl (a record per figure) and .md (tables), at the end
 .png (plots; needs matplotlib). --resume keeps what an earlier run of the same sources, device,
@@ -170,7 +173,8 @@ def _run(options: argparse.Namespace, clock: Callable[[], float], deadline: floa
     for number, plan in enumerate(plans):
         for record, why in plan.refused:
             results.skip(record, why)
-        share = (deadline - clock()) / (len(plans) - number)
+        weights = [1 if plan.name == "demo" else 4 for plan in plans[number:]]
+        share = (deadline - clock()) * weights[0] / sum(weights)
         _time(plan, results, device, bandwidth, clock, clock() + share)
     console = Console(width=None if sys.stdout.isatty() else 240)
     for table in tables.rich_tables(results):
@@ -185,28 +189,41 @@ def _time(
     clock: Callable[[], float], deadline: float,
 ) -> None:  # fmt: skip
     """All cells of a model that begin before the deadline."""
-    from bench.decode.cell import Cell
     from bench.decode.first_token import first_tokens
 
     model: Any = None
-    prompt: Any = None
-    for context, batch in plan.cells:
-        where = where_of(plan, batch, context)
+    for context in dict.fromkeys(context for context, _ in plan.cells):
+        batches = [batch for at, batch in plan.cells if at == context]
         if clock() >= deadline:
-            results.skip({"kind": "decode", "what": "everything", **where}, "out of time")
+            for batch in batches:
+                where = where_of(plan, batch, context)
+                results.skip({"kind": "decode", "what": "everything", **where}, "out of time")
             continue
+        one = where_of(plan, 1, context)
         try:
             model = model_of(plan, device) if model is None else model
-            if prompt is None or prompt.context != context:
-                prompt = None  # before the next is made
-                prompt = prompt_of(plan, model, context)
-                one = where_of(plan, 1, context)
-                first_tokens(prompt, plan.options, results, one, lambda: clock() >= deadline)
-            prompt.repeat(batch)
-            one_cell = (prompt, plan.name, plan.options, results, device, bandwidth)
-            Cell(*one_cell, clock, deadline).run()
+            prompt = prompt_of(plan, model, context)
+            given = (plan.name, plan.options, results, device, bandwidth, clock, deadline)
+            _time_batches(plan, prompt, batches, given)
+            first_tokens(prompt, plan.options, results, one, lambda: clock() >= deadline)
         except Exception as error:  # out of memory, whatever was estimated
-            prompt = None
+            results.fail({"kind": "decode", "what": "the prompt", **one}, error, True)
+        prompt = None  # before the next is made
+
+
+def _time_batches(plan: Plan, prompt: Any, batches: list[int], given: tuple[Any, ...]) -> None:
+    """A stage of every batch, then the next stage: what is the question comes first."""
+    from bench.decode.cell import STAGES, Cell
+
+    cells: dict[int, Cell] = {}
+    results = given[2]
+    for stage, batch in product(STAGES, batches):
+        try:
+            prompt.repeat(batch)
+            cells[batch] = cells.get(batch) or Cell(prompt, *given)
+            cells[batch].run(stage)
+        except Exception as error:
+            where = where_of(plan, batch, prompt.context)
             results.fail({"kind": "decode", "what": "the prompt", **where}, error, True)
 
 

@@ -53,7 +53,7 @@ def plan_of(name: str, options: argparse.Namespace, device: Any) -> Plan:
     dtype = getattr(torch, options.dtype or ("float32" if own else "bfloat16"))
     plan = Plan(name, shape_of(name), dtype, given, [], [])
     twins = "int4" in options.draft_weights
-    for context, batch in sorted(product(given.context, given.batch)):
+    for context, batch in dict.fromkeys(product(given.context, given.batch)):
         needed = needs(plan.shape, dtype, device, batch, context + given.new_tokens, twins)
         why = _beyond(context, given) if demo else None
         if why is None and needed.total > needed.free:

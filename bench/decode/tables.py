@@ -78,7 +78,11 @@ class Results:
         self.keep({**record, "status": failure(error)})
 
     def of(self, kind: str) -> list[dict[str, Any]]:
-        return [record for record in self.records[1:] if record["kind"] == kind]
+        """The records of a kind; those of a batch and context, which came in stages, together."""
+        found = [record for record in self.records[1:] if record["kind"] == kind]
+        cells = [tuple(r.get(name) for name in ("shape", "context", "batch")) for r in found]
+        place = {cell: number for number, cell in enumerate(dict.fromkeys(cells))}
+        return [r for _, r in sorted(zip(cells, found), key=lambda pair: place[pair[0]])]
 
 
 def kind_of(way: str) -> str:

@@ -93,7 +93,7 @@ class Timings:
 
     # Timing
 
-    def first_use(self, call: Callable[[], Tensor]) -> tuple[float, Tensor]:
+    def first_use(self, call: Callable[[], Any]) -> tuple[float, Any]:
         kept = []
         return probes.seconds(lambda: kept.append(call()), self.device), kept[0]
 

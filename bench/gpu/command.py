@@ -1,155 +1,109 @@
-"""One whole round on a GPU: test, time ops, prefill, decoding. All is on disk once it is known."""
+"""One whole round on a GPU: test, time decoding, ops, prefill. All is on disk once it is known."""
+
+from __future__ import annotations
 
 import argparse
-import os
+import shutil
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from bench.arguments import new_parser
-from bench.environment import ROOT
+from bench.arguments import between, new_parser
 
-GRACE = 12  # seconds after its time box that a part may take to end by itself
 _HELP = """\
-Runs the GPU test suite, then times each op at a few real sizes beside its rivals, then prefill and
-decoding at a 7B model's shape and of the demo model beside transformers' (see --help of python -m
-bench kernels, prefill and decode). Takes less than 9 minutes: each part has a time box, and what
-did not fit is listed as skipped. What computes something wrong is reported and not timed. Writes
-into DIR as it goes, so that a run that is cut off still counts:
+Runs the GPU test suite, then times decoding at a 7B model's shape and of the demo model beside
+transformers', then each op at a few real sizes beside its rivals, then prefill (see --help of
+bench decode, kernels and prefill). Nobody needs to watch: each part has its share of
+--seconds, what a part does not use is for those after it, and a part that fails or hangs costs the
+others nothing. What computes something wrong is reported and not timed. What did not fit is listed
+as out of time. A few lines about each part are printed when it ends, and no more.
 
-  round-DEVICE.jsonl     GPU, driver, versions, commit, date; then each part and how it ended
-  tests.log, tests.xml   what pytest said
-  kernels-DEVICE.jsonl, .md, kernels.log   each op beside its rivals
-  prefill-DEVICE.jsonl, .md, prefill.log   time to the first token, patched beside unpatched
-  decode-DEVICE.jsonl, .md, .png, decode.log   decoding, whole models
+Writes into DIR as it goes, so that a run that is cut off still counts:
 
---resume goes on where a run into DIR was cut off or ran out of time, given the same sources and
-GPU: it leaves out parts that are complete, and their time is for the rest, which keep the figures
-they have. Run it until nothing is skipped for want of time. To publish, copy the .jsonl files but
-the first to bench/results and run python -m bench report.
+  round-DEVICE.jsonl     GPU, driver, versions, commit, date; each test; how each part ended, and
+                         the GPU's clocks and temperature meanwhile
+  round.log              all that the parts said: tables, tracebacks
+  decode-DEVICE.jsonl, .png    decoding, whole models
+  kernels-DEVICE.jsonl, .png   each op beside its rivals
+  prefill-DEVICE.jsonl         time to the first token, patched beside unpatched
 
-The exit status is 0 if everything passed, 1 if something failed or is wrong, and 2 without a GPU.
-"""
+RESUME. --resume goes on where a run into DIR was cut off or ran out of time, given the same
+sources, versions and GPU. --resume EARLIER takes the files of EARLIER into DIR first, for a
+machine on which DIR begins empty: put what came back from the run before into a folder that
+travels with the repository (git must not ignore it), and name it. Tests that passed are not run
+again, parts that are complete are left out, and figures that are there are kept; the time is for
+the rest. Run it until nothing is out of time. To publish, copy the .jsonl files but the first to
+bench/results and run python -m bench report.
 
-
-class Part(NamedTuple):
-    """A command in a process group of its own.
-
-    Attributes:
-        seconds: its time box; pytest is stopped then, the others end by themselves.
-        options: of pytest for "tests", else of ``python -m bench NAME``.
-    """
-
-    name: str
-    seconds: float
-    options: list[str]
-    grace: float = GRACE
-
-
-PARTS = [
-    Part("tests", 210, ["-m", "gpu", "-v", "-rfEs", "--durations=10", "tests"], grace=0),
-    Part("kernels", 100, ["--preset", "round"]),
-    Part("prefill", 30, ["--shape", "qwen2-vl-7b", "--tokens", "4096", "25000", "--pairs", "7"]),
-    Part(
-        "decode",
-        155,
-        ["--shape", "qwen2-vl-7b", "demo", "--batch", "1", "8", "--draft-weights", "own", "int4"],
-    ),
-]
+The exit status is 0 if everything passed, 1 if something failed or is wrong, and 2 without a GPU."""
+_EXAMPLES = """\
+examples:
+  python -m bench gpu --out round1
+  python -m bench gpu --out round1 --resume             go on in the same folder
+  python -m bench gpu --out "$OUT" --resume round1      go on from files brought along
+  python -m bench gpu --out round1 --part decode --seconds 300"""
+DEVICE_FILES = ("round", "decode", "kernels", "prefill")  # NAME-DEVICE.jsonl
 
 
 def add_parser(commands: Any) -> None:
     parser = new_parser(
         commands,
         "gpu",
-        "test and time ops and decoding on the GPU of this machine, in under 9 minutes",
+        "test and time decoding and ops on the GPU of this machine, in under 10 minutes",
         _HELP,
+        _EXAMPLES,
     )
+    from bench.gpu.parts import PARTS
+
+    names = [part.name for part in PARTS]
     add = parser.add_argument
     add("--out", type=Path, required=True, metavar="DIR", help="where to write")
-    add("--skip-tests", action="store_true", help="go straight to the timing")
-    add("--resume", action="store_true", help="go on where a run into DIR was cut off")
+    add("--seconds", type=between(float, 1, 2**31), default=540.0, metavar="S",
+        help="time box of all, which ends at most 20 seconds later (default 540)")  # fmt: skip
+    add("--part", choices=names, nargs="+", default=names, metavar="PART",
+        help=f"of {', '.join(names)} (default: all)")  # fmt: skip
+    add("--resume", nargs="?", type=Path, const=True, metavar="EARLIER",
+        help="go on where a run into DIR, or the one that wrote EARLIER, was cut off")  # fmt: skip
     parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:
+    """The command."""
+    started = time.monotonic()
     import torch
 
     from bench.environment import environment
+    from bench.gpu.parts import PARTS, run_parts
 
     if not torch.cuda.is_available():
         print("bench gpu: torch finds no GPU on this machine; nothing was run", file=sys.stderr)
         return 2
-    parts = [part for part in PARTS if part.name != "tests" or not options.skip_tests]
-    return run_parts(options.out, environment(torch.device("cuda")), parts, options.resume)
+    about = environment(torch.device("cuda"))
+    earlier = None if options.resume is True else options.resume
+    if earlier is not None and not bring(earlier, options.out, about["device"]):
+        found = f"{earlier} has no round-*.jsonl of {about['device']}"
+        print(f"bench gpu: --resume: {found}; nothing was run", file=sys.stderr)
+        return 2
+    # As Ctrl-C does: what a part has started must not outlive this.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    parts = [part for part in PARTS if part.name in options.part]
+    deadline = started + options.seconds
+    return run_parts(options.out, about, parts, deadline, options.resume is not None)
 
 
-def run_parts(out: Path, about: dict[str, Any], parts: list[Part], resume: bool) -> int:
-    """Those that an earlier run has not completed; 0 if all have passed, now or then."""
-    from bench.records import Journal, file_of
+def bring(earlier: Path, out: Path, device: str) -> bool:
+    """Copy an earlier run's files of this device into `out`, where it has none of its own.
 
-    path = file_of(out, "round", about["device"])
-    journal = Journal(path, about, (lambda record: record["complete"]) if resume else None)
-    known = {record["part"] for record in journal.records[1:]}
-    for name in sorted(known):
-        print(f"{name}: complete since an earlier run")
-    rest = [part for part in parts if part.name not in known]
-    more = sum(part.seconds for part in parts) / max(1, sum(part.seconds for part in rest))
-    for part in rest:
-        results = file_of(out, part.name, about["device"])
-        journal.keep(time_part(part, out, results, more * part.seconds, resume))
-    wanted = {part.name for part in parts}
-    ended = [record for record in journal.records[1:] if record["part"] in wanted]
-    return 0 if all(record["passed"] for record in ended) else 1
+    Returns:
+        Whether there is a run to go on from.
+    """
+    from bench.records import file_of
 
-
-def time_part(
-    part: Part, out: Path, results: Path, seconds: float, resume: bool = False
-) -> dict[str, Any]:
-    """Runs a part and says how it ended: whether it passed, and whether anything is left to do."""
-    out.mkdir(parents=True, exist_ok=True)
-    if part.name == "tests":
-        xml = (out / "tests.xml").resolve()
-        command = [sys.executable, "-m", "pytest", *part.options, f"--junitxml={xml}"]
-    else:
-        command = [sys.executable, "-m", "bench", part.name, *part.options,
-                   "--seconds", str(seconds), "--out", str(out.resolve())]  # fmt: skip
-        command += ["--name", results.stem] if part.name == "kernels" else []
-        command += ["--resume"] if resume else []
-    log = out / f"{part.name}.log"
-    started = time.monotonic()
-    code = _run_apart(part.name, command, log, seconds + part.grace)
-    if part.name != "tests":
-        print(log.read_text(errors="replace"))
-    text = results.read_text(encoding="utf-8") if results.exists() else ""
-    return {
-        "kind": "part",
-        "part": part.name,
-        "exit_status": code,
-        "seconds": round(time.monotonic() - started, 1),
-        "passed": code == 0,
-        "complete": code in (0, 1) and "out of time" not in text,
-    }
-
-
-def _run_apart(name: str, command: list[str], log: Path, seconds: float) -> int | None:
-    """The exit status; None if after `seconds` the command and what it started was killed."""
-    started = time.monotonic()
-    with open(log, "wb") as file:
-        process = subprocess.Popen(
-            command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
-        )
-        try:
-            code = process.wait(seconds)
-        except subprocess.TimeoutExpired:
-            # The group is ours alone: tests and compilers start processes of their own.
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-            code = None
-    lines = log.read_text(errors="replace").strip().splitlines()
-    verdict = f"stopped after {seconds:.0f} s" if code is None else f"exit status {code}"
-    print(f"{name}: {verdict}, {time.monotonic() - started:.0f} s: {lines[-1] if lines else ''}")
-    return code
+    for name in DEVICE_FILES:
+        source, target = (file_of(folder, name, device) for folder in (earlier, out))
+        if source.exists() and not target.exists():
+            out.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source, target)
+    return file_of(out, "round", device).exists()

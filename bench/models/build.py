@@ -135,11 +135,10 @@ class Needs:
 
     @property
     def total(self) -> int:
-        # The prompt's cache is kept for the next run while a run works on its own; of a batch, the
-        # row that was read too. It is read one row at a time, beside what was read before. The
-        # tenth on top is for growth, for one layer that is there twice, and for the libraries.
+        # The row that was read is kept for the next run while a run works on a cache of its own.
+        # The tenth on top is for growth, for one layer that is there twice, and for the libraries.
         row = self.kv // self.rows
-        decoding = 2 * self.kv + (row if self.rows > 1 else 0)
+        decoding = self.kv + row
         reading = 2 * row + self.activations
         return int(1.1 * (self.weights + self.twins + max(decoding, reading))) + (1 << 26)
 
@@ -147,7 +146,7 @@ class Needs:
         numbers = [self.total, self.weights, self.kv, self.free]
         total, weights, kv, free = (f"{x / 1e9:.2f} GB" for x in numbers)
         copies = f", {self.twins / 1e9:.2f} GB of 4-bit copies" if self.twins else ""
-        parts = f"{weights} of weights{copies}, twice {kv} of KV cache"
+        parts = f"{weights} of weights{copies}, {kv} of KV cache and a row of it"
         return f"about {total} ({parts}), {free} are free"
 
 

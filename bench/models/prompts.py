@@ -19,8 +19,9 @@ QUICK = 1.0  # seconds: what takes less to read is read three times
 class Prompt:
     """Random tokens, read once. Each run goes on from their cache and reads one token more.
 
-    One row is read and repeated over the batch, as memory of its own: rows differ in the newest
-    token only, and decoding costs the same whatever the tokens are.
+    One row is read and repeated over the batch: rows differ in the newest token only, and decoding
+    costs the same whatever the tokens are. The rows share the memory of the one; each run makes
+    memory of its own for them as it begins.
 
     Args:
         context: tokens of a row in the cache.
@@ -39,7 +40,7 @@ class Prompt:
 
     def __init__(self, model: Any, context: int, seed: int):
         self.model, self.context, self.cached = model, context, context
-        self.generator = torch.Generator().manual_seed(seed)
+        self.seed = seed
         self.row = self._words(1, context)
         ones = torch.ones_like(self.row)
         self.read = read(model, {"input_ids": self.row, "attention_mask": ones})
@@ -52,25 +53,30 @@ class Prompt:
 
     def _words(self, rows: int, count: int) -> Tensor:
         most = self.vocabulary - SPECIAL
-        words = torch.randint(2, most, (rows, count), generator=self.generator)
+        # The same for a batch size whatever was asked for before.
+        generator = torch.Generator().manual_seed(self.seed + (rows if count == 1 else 0))
+        words = torch.randint(2, most, (rows, count), generator=generator)
         return words.to(self.model.device)
 
     def repeat(self, batch: int) -> None:
         """Give the prompt `batch` rows."""
         ids = torch.cat([self.row.expand(batch, -1), self._words(batch, 1)], dim=1)
-        self._hold(ids, [self.read] * batch)
+        self._hold(ids, [self.read])
 
     def _hold(self, ids: Tensor, reads: list[Any]) -> None:
         self.ids, self.ones = ids, torch.ones_like(ids)
+        """Hold one cache for all rows, or one for each."""
         self.cache = reads[0]
-        if len(reads) > 1:
+        if len(ids) > 1:
             self.cache = self.dynamic()
             for index, layer in enumerate(self.cache.layers):
                 for name in ("keys", "values"):
                     rows = [getattr(one.layers[index], name) for one in reads]
-                    setattr(layer, name, torch.cat(rows))
-        caches = {id(one): one for one in (*reads, self.cache)}.values()
-        self.nbytes = sum(x.keys.nbytes + x.values.nbytes for c in caches for x in c.layers)
+                    alike = rows[0].expand(len(ids), -1, -1, -1)
+                    setattr(layer, name, alike if len(rows) == 1 else torch.cat(rows))
+        tensors = [x for c in (*reads, self.cache) for y in c.layers for x in (y.keys, y.values)]
+        memory = [x.untyped_storage() for x in tensors]
+        self.nbytes = sum({one.data_ptr(): one.nbytes() for one in memory}.values())
 
     def dynamic(self) -> Any:
         """A DynamicCache of the prompt. It shares the tensors, which no run writes into."""

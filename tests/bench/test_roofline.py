@@ -17,7 +17,7 @@ from bench.__main__ import main
 from bench.models import build
 from bench.models.dimensions import FOUR_BIT_BYTES, SHAPES, Shape
 from bench.roofline import sweep
-from bench.roofline.devices import GIB, GPUS
+from bench.roofline.devices import GIB, GPUS, named
 from bench.roofline.predictions import Cell
 from std_decode.cost import Device
 
@@ -277,6 +277,25 @@ def test_gpus_are_those_of_the_data_sheets():
     assert all(150 < ridge < 430 for ridge in ridges.values())
     sizes = [GPUS[name].memory / GIB for name in ("h200", "h100", "a100", "l40s", "rtx-4090")]
     assert sizes == [141, 80, 80, 48, 24]
+
+
+@pytest.mark.parametrize(
+    "device, name",
+    [
+        ("NVIDIA H100 80GB HBM3", "h100"),
+        ("NVIDIA H100 PCIe", "h100-pcie"),
+        ("NVIDIA H100 NVL", "h100-nvl"),
+        ("NVIDIA H200", "h200"),
+        ("NVIDIA H200 NVL", None),
+        ("NVIDIA A100-SXM4-80GB", "a100"),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
+        ("NVIDIA GeForce RTX 4090", "rtx-4090"),
+        ("AMD Instinct MI300X", "mi300x"),
+        ("AMD EPYC", None),
+    ],
+)
+def test_a_gpu_is_known_by_what_its_driver_calls_it(device, name):
+    assert named(device) == (name and GPUS[name])
 
 
 def test_the_map(tmp_path, predict, capsys):
