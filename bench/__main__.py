@@ -36,7 +36,7 @@ examples:
   python -m bench roofline --model qwen2-vl-7b --gpu h200 --batch 8 --context 25000
   python -m bench selection --out trial           rules of re-selection, on the demo model
   python -m bench tune --out tune               on a GPU: launch configurations for the table
-  python -m bench gpu --out round1              on a GPU: test, then time, in under 9 minutes
+  python -m bench gpu --out round1              on a GPU: test, then time, in under 10 minutes
 """
 
 

@@ -37,7 +37,7 @@ again, parts that are complete are left out, and figures that are there are kept
 the rest. Run it until nothing is out of time. To publish, copy the .jsonl files but the first to
 bench/results and run python -m bench report.
 
-The exit status is 0 if everything passed, 1 if something failed or is wrong, and 2 without a GPU."""
+Exit status: 0 if everything passed, 1 if something failed or is wrong, 2 without a GPU."""
 _EXAMPLES = """\
 examples:
   python -m bench gpu --out round1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import subprocess
@@ -20,6 +21,9 @@ GRACE = 12  # and after it, for what was begun in time
 LOOK = 10  # seconds from one look at the GPU's clocks to the next
 LOG = "round.log"
 _CLOCKS = ("clocks.sm", "temperature.gpu", "power.draw", "clocks_event_reasons.active")
+
+
+_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
 class Part(NamedTuple):
@@ -149,6 +153,12 @@ def _say(line: str) -> None:
     print(line, flush=True)
 
 
+def _end_with_parent() -> None:
+    """Have Linux kill this process when the round is killed: two must not write into one file."""
+    if _LIBC is not None:
+        _LIBC.prctl(1, signal.SIGKILL)
+
+
 def _run_apart(
     command: list[str], log: Any, seconds: float, surroundings: dict[str, str], looks: list[str]
 ) -> int | None:
@@ -156,7 +166,7 @@ def _run_apart(
     end = time.monotonic() + seconds
     process = subprocess.Popen(
         command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
-        env={**os.environ, **surroundings},
+        env={**os.environ, **surroundings}, preexec_fn=_end_with_parent,
     )  # fmt: skip
     try:
         while (left := end - time.monotonic()) > 0:

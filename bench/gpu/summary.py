@@ -64,8 +64,13 @@ def _tests(records: _Records) -> list[str]:
         said = said or record["text"].strip().splitlines()[-1:]
         told += [f"FAILED {name.rpartition('/')[2]}", *(f"  {line}" for line in said[:2])]
     told += [f"and {len(bad) - MOST_FAILURES} more failed"] if len(bad) > MOST_FAILURES else []
-    why = [r["text"].strip().splitlines()[-1:] for r in tests.values() if r["status"] == "skipped"]
-    told += [f"skipped: {text}" for text in dict.fromkeys(line for one in why for line in one)]
+    # pytest's ('FILE', LINE, 'Skipped: REASON')
+    why = [
+        r["text"].rpartition("Skipped: ")[2] for r in tests.values() if r["status"] == "skipped"
+    ]
+    told += [
+        f"skipped, {why.count(one)}: {one.strip(chr(39) + ')')}" for one in dict.fromkeys(why)
+    ]
     return told
 
 

@@ -57,7 +57,7 @@ examples:
   python -m bench kernels --quick --out quick            under 3 minutes, also without a GPU
   python -m bench kernels --out results --resume         the whole grid; go on if interrupted
   python -m bench kernels --op sparse_attention --shape llama-3-8b --batch 8 --rival gather+sdpa
-  python -m bench kernels --preset round --seconds 105   what bench gpu runs"""
+  python -m bench kernels --preset round --seconds 90    what bench gpu runs"""
 
 
 def add_parser(commands: Any) -> None:

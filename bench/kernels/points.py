@@ -107,7 +107,7 @@ def grid(sizes: Grid, ops: Sequence[str] = OPS) -> Iterator[Job]:
 
 
 def round_preset() -> Iterator[Job]:
-    """The sizes that decide on a GPU, most telling first, for the 105 seconds of `bench gpu`.
+    """The sizes that decide on a GPU, most telling first, for the time that `bench gpu` has.
 
     What is compiled for each size comes last: it takes ten seconds a size.
     """
