@@ -100,7 +100,11 @@ def time_part(
         command += ["--name", results.stem] if part.name == "kernels" else []
         command += ["--resume"] if resume else []
     started = time.monotonic()
-    surroundings = {passed.JOURNAL: str(journal.resolve()), "PYTHONUNBUFFERED": "1"}
+    surroundings = {
+        passed.JOURNAL: str(journal.resolve()),
+        "PYTHONUNBUFFERED": "1",
+        "HF_HUB_OFFLINE": "1",
+    }
     looks: list[str] = []
     with open(out / LOG, "ab") as log:
         log.write(f"\n==== {part.name}: {' '.join(command)}\n".encode())
