@@ -139,6 +139,13 @@ def test_a_part_that_hangs_is_stopped_and_costs_nothing_else(tmp_path, about, ca
     ended = parts.time_part(parts.Part("decode", 1, DECODE), tmp_path, about, 0.2)
     assert ended["exit_status"] is None and not ended["passed"] and not ended["complete"]
     assert "decode: stopped after 0 s" in capfd.readouterr().out
+    # With all that it has started.
+    code = "import subprocess, sys; subprocess.run([sys.executable, '-c', sys.argv[1]])"
+    sleep = "import os, time; print(os.getpid(), flush=True); time.sleep(100)"
+    with open(tmp_path / "log", "wb") as log:
+        assert parts._run_apart([sys.executable, "-c", code, sleep], log, 3, {}, []) is None
+    time.sleep(0.3)
+    assert not is_running(int((tmp_path / "log").read_text()))
 
 
 def test_a_part_that_cannot_run_says_why(tmp_path, about, capfd):
@@ -296,5 +303,7 @@ def test_a_summary_of_all_fits_where_little_is_shown():
     assert way in told["decode"]
     best = "100.0 us, 90% of copy; best rival sdpa-flash, ours takes 0.70x"
     assert told["kernels"][1].endswith(best)
+    more = summary.lines("kernels", ops + [{**r, "size": f"more {r['size']}"} for r in ops[2:]])
+    assert len(more) < 40 and more[-1] == f"and {51 + 1 - len(more) + 1} lines more"
     assert told["tests"][0] == "0 passed, 93 failed, 0 skipped"
     assert told["tests"][-1] == "and 85 more failed"
