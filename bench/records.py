@@ -81,10 +81,10 @@ def line_of(record: Record) -> str:
 def failure(error: BaseException) -> str:
     """An exception in one line, as the status of a record; where it came from goes to stderr."""
     traceback.print_exception(error, limit=-12, file=sys.stderr)
-    # Of what a compiler says the first line may name a place only, the last one what is wrong.
-    said = [line.strip() for line in str(error).splitlines() if line.strip()]
-    ends = " ... ".join(dict.fromkeys((said[0], said[-1]))) if said else ""
-    return f"failed: {type(error).__name__}: {ends}"[:300]
+    said = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
+    # Triton's compiler begins with a place in the kernel, "at 7:12:", and ends with what is wrong.
+    what = said[-1] if re.fullmatch(r"at \d+:\d+:", said[0]) else said[0]
+    return f"failed: {type(error).__name__}: {what}"[:300]
 
 
 def _differences(one: Record, other: Record) -> list[str]:

@@ -279,3 +279,18 @@ def test_records_say_where_they_are_from(tmp_path):
         assert other.resumed == 0
         journal = records.Journal(path, about)
         journal.keep({"status": "ok"})
+
+
+def test_an_exception_in_one_line(capsys):
+    compiler = "at 7:12:\n    x = tl.load(p)\n    ^\nTypeError('no pointer')"
+    for text, said in (
+        (compiler, "TypeError('no pointer')"),
+        ("first\nsecond", "first"),
+        ("", ""),
+    ):
+        try:
+            raise RuntimeError(text)
+        except RuntimeError as error:
+            assert records.failure(error) == f"failed: RuntimeError: {said}"
+        # Where it came from is in the log.
+        assert "test_an_exception_in_one_line" in capsys.readouterr().err
