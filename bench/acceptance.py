@@ -12,7 +12,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from bench.decode import between
+from bench.arguments import between, new_parser
 
 _HELP = """\
 Narrates clips with the demo model, drafting with its own weights and with 4-bit copies of them
@@ -53,12 +53,12 @@ class Figures:
 
 
 def add_parser(commands: Any) -> None:
-    parser = commands.add_parser(
+    parser = new_parser(
+        commands,
         "acceptance",
-        help="count how many drafts agree, with and without 4-bit weights, on the demo model",
-        description=_HELP,
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        "count how many drafts agree, with and without 4-bit weights, on the demo model",
+        _HELP,
+        _EXAMPLES,
     )
     add = parser.add_argument
     count = between(int, 1, 2**31)
@@ -95,7 +95,7 @@ def run(options: argparse.Namespace) -> int:
             table.add_row(*row)
         console.print(table)
     if options.out is not None:
-        from bench.roofline_tables import write
+        from bench.roofline.tables import write
 
         path = options.out / "draft-weights.md"
         write(path, _markdown(options, sections).encode())
@@ -187,8 +187,8 @@ def _acceptance(counted: dict[tuple, Figures]) -> Table:
 
 def _bytes(model: Any) -> Table:
     """Of the weights a decoding step reads: the model's as it is, and as 4-bit twins have it."""
-    from bench.models import FOUR_BIT_BYTES
-    from bench.shapes import weight_bytes
+    from bench.models.build import weight_bytes
+    from bench.models.dimensions import FOUR_BIT_BYTES
     from std_decode import draft_weights
     from std_decode.twins import Twins
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from bench.decode import between
+from bench.arguments import between, new_parser
 
 _HELP = """\
 Renders camera clips of many lengths into video files and has the demo model narrate all of them:
@@ -42,12 +42,12 @@ _HEAD = ("way", "seconds", "videos/s", "tokens/s", "over the loop", "least-most"
 
 
 def add_parser(commands: Any) -> None:
-    parser = commands.add_parser(
+    parser = new_parser(
+        commands,
         "batch",
-        help="videos answered together and one at a time, demo model",
-        description=_HELP,
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        "videos answered together and one at a time, demo model",
+        _HELP,
+        _EXAMPLES,
     )
     add = parser.add_argument
     count = between(int, 1, 2**31)
@@ -70,7 +70,7 @@ def run(options: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.progress import Progress
 
-    from bench.records import environment
+    from bench.environment import environment
 
     if options.seconds[0] > options.seconds[1]:
         least, most = options.seconds

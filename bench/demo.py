@@ -12,8 +12,9 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from bench.decode import between
-from bench.records import ROOT, Journal, Record, checkpoint, environment, file_of
+from bench.arguments import between, new_parser
+from bench.environment import ROOT, checkpoint, environment
+from bench.records import Journal, Record, file_of
 
 _HELP = """\
 Runs `std-decode demo --repeat R --seconds N --draft-length G` for each clip length and draft
@@ -47,12 +48,12 @@ def _draft_length(text: str) -> str | int:
 
 
 def add_parser(commands: Any) -> None:
-    parser = commands.add_parser(
+    parser = new_parser(
+        commands,
         "demo",
-        help="the demo's figures over clips and draft lengths, for README's table",
-        description=_HELP,
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        "the demo's figures over clips and draft lengths, for README's table",
+        _HELP,
+        _EXAMPLES,
     )
     add = parser.add_argument
     add("--seconds", type=between(int, 1, 4096), nargs="+", metavar="N", default=[256, 1024, 4096],

@@ -12,9 +12,10 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from bench.decode import between
-from bench.models import SHAPES
-from bench.records import in_words, markdown_table
+from bench.arguments import between, new_parser
+from bench.environment import in_words
+from bench.models.dimensions import SHAPES
+from bench.records import markdown_table
 from std_decode.output import replace_file
 
 _HELP = """\
@@ -50,12 +51,12 @@ _HEAD = ("tokens", "pairs", "unpatched ms", "patched ms", "ratio", "p20-p80", "C
 
 
 def add_parser(commands: Any) -> None:
-    parser = commands.add_parser(
+    parser = new_parser(
+        commands,
         "prefill",
-        help="time to the first token, patched beside unpatched, on a CPU or a GPU",
-        description=_HELP,
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        "time to the first token, patched beside unpatched, on a CPU or a GPU",
+        _HELP,
+        _EXAMPLES,
     )
     add = parser.add_argument
     add("--shape", choices=SHAPES, metavar="NAME",
@@ -80,7 +81,8 @@ def run(options: argparse.Namespace) -> int:
     import torch
     from rich.console import Console
 
-    from bench.records import Journal, environment, file_of
+    from bench.environment import environment
+    from bench.records import Journal, file_of
 
     deadline = time.monotonic() + options.seconds
     kind = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -122,7 +124,11 @@ def _demo(device: Any, seed: int) -> tuple[Any, Callable[[int], dict[str, Any]]]
 
     from std_decode.demo import camera
     from std_decode.demo.model import (
-        TEMPORAL, TOKENS_PER_SECOND, generate_inputs, load_model, load_tokenizer,
+        TEMPORAL,
+        TOKENS_PER_SECOND,
+        generate_inputs,
+        load_model,
+        load_tokenizer,
     )  # fmt: skip
 
     disable_progress_bar()
@@ -144,9 +150,9 @@ def _random(
 ) -> tuple[Any, Callable[[int], dict[str, Any]]]:
     import torch
 
-    from bench import prompts, shapes
+    from bench.models import build, prompts
 
-    model = shapes.build(SHAPES[name], dtype, device, seed)
+    model = build.random_model(SHAPES[name], dtype, device, seed)
     most = SHAPES[name].vocabulary - prompts.SPECIAL
 
     def prompt(tokens: int) -> dict[str, Any]:

@@ -68,6 +68,19 @@ def replaced(owner: Any, name: str, make: Callable[[Any], Any]) -> Iterator[None
         setattr(owner, name, original)
 
 
+@contextmanager
+def unseen_cache() -> Iterator[None]:
+    """Within, patched calls leave a cache that they were given as one that generate made itself.
+
+    A prompt's cache that is read once stands in for that of each call. A user who passes none gets
+    none back; one that is given is copied out at the end of each call, a whole KV cache more.
+    """
+    from std_decode import generation
+
+    with replaced(generation, "_outlives", lambda _: lambda cache, config: False):
+        yield
+
+
 # Forced acceptance
 
 

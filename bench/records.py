@@ -2,64 +2,25 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 import sys
+import traceback
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from std_decode.output import replace_file
 
-ROOT = Path(__file__).parents[1]
 Record = dict[str, Any]
 # Of an environment: what differs from run to run.
 _PASSING = ("date", "copy_gb_per_s", "command", "absent")
-
-
-def environment(device: Any, **more: Any) -> Record:
-    """The first record of a file: the device, versions, commit, date, and whatever is given.
-
-    Args:
-        device: a torch.device.
-        more: that results depend on; a run that was cut off goes on only with the same.
-    """
-    import transformers
-
-    from bench import gpu
-
-    found = gpu.environment(device)
-    return {
-        "kind": "environment",
-        "device": found.get("gpu") or found["cpu"],
-        **found,
-        **more,
-        "transformers": transformers.__version__,
-        "sources": sources(),
-    }
 
 
 def file_of(out: Path, command: str, device: str) -> Path:
     """Where a command's results on a device are: one file each."""
     name = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
     return out / f"{command}-{name}.jsonl"
-
-
-def sources() -> str:
-    """A hash of the packages: changes that are not committed count, and git need not be there."""
-    digest = hashlib.sha256()
-    for package in ("bench", "std_decode", "std_kernels"):
-        for path in sorted((ROOT / package).rglob("*.py")):
-            digest.update(path.read_bytes())
-    return digest.hexdigest()[:12]
-
-
-def checkpoint() -> str:
-    """A hash of the demo model's weights."""
-    from std_decode.demo.model import FOLDER
-
-    return hashlib.sha256((FOLDER / "model.safetensors").read_bytes()).hexdigest()[:12]
 
 
 def read(path: Path) -> list[Record]:
@@ -118,30 +79,18 @@ def line_of(record: Record) -> str:
 
 
 def failure(error: BaseException) -> str:
-    """An exception in one line, as the status of a record."""
-    first = next(iter(str(error).strip().splitlines()), "")
-    return f"failed: {type(error).__name__}: {first}"[:300]
+    """An exception in one line, as the status of a record; where it came from goes to stderr."""
+    traceback.print_exception(error, limit=-12, file=sys.stderr)
+    said = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
+    # Triton's compiler begins with a place in the kernel, "at 7:12:", and ends with what is wrong.
+    what = said[-1] if re.fullmatch(r"at \d+:\d+:", said[0]) else said[0]
+    return f"failed: {type(error).__name__}: {what}"[:300]
 
 
 def _differences(one: Record, other: Record) -> list[str]:
     """In what two environments differ for good."""
     names = dict.fromkeys((*one, *other))
     return [n for n in names if n not in _PASSING and one.get(n) != other.get(n)]
-
-
-def in_words(about: Record) -> str:
-    """What a file's results were made on."""
-    threads = about.get("threads")
-    return ", ".join(filter(None, (
-        about.get("device") or about.get("gpu") or about.get("cpu"),
-        f"{threads} thread{'s' if threads > 1 else ''}" if threads else None,
-        f"driver {about['driver']}" if about.get("driver") else None,
-        f"torch {about['torch']}",
-        f"transformers {about['transformers']}" if about.get("transformers") else None,
-        f"commit {about['commit'][:9]}" if about.get("commit") else None,
-        about["date"][:10],
-        about.get("note"),
-    )))  # fmt: skip
 
 
 def markdown_table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> list[str]:

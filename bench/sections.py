@@ -6,6 +6,11 @@ from pathlib import Path
 
 from std_decode.output import replace_file
 
+RELIABILITY = """\
+# Reliability
+
+What the long runs found. Each section names its command, and is written by it."""
+
 
 def write_section(path: Path, head: str, title: str, text: str) -> None:
     """Replace the section under ``## title``, or add it at the end, in one step.
@@ -22,21 +27,10 @@ def write_section(path: Path, head: str, title: str, text: str) -> None:
     replace_file(path, ("\n\n".join(parts) + "\n").encode())
 
 
-def about() -> str:
-    """Versions, commit and date, for the first line of a section."""
-    import datetime
-    import subprocess
-
+def about(device: str = "cpu") -> str:
+    """Device, versions, commit and date, for the first line of a section."""
     import torch
-    import transformers
 
-    command = ["git", "describe", "--always", "--dirty"]
-    try:
-        here = Path(__file__).parent
-        commit = subprocess.run(command, capture_output=True, text=True, cwd=here).stdout.strip()
-    except OSError:
-        commit = ""
-    return (
-        f"torch {torch.__version__}, transformers {transformers.__version__}, "
-        f"commit {commit or 'unknown'}, {datetime.date.today()}"
-    )
+    from bench.environment import environment, in_words
+
+    return in_words(environment(torch.device(device)))

@@ -10,8 +10,13 @@ import pytest
 import torch
 
 import std_decode
-from bench import cell, decode, probes, prompts, records, shapes, tables
+from bench import probes, records
 from bench.__main__ import main
+from bench.decode import cell, tables
+from bench.decode import command as decode
+from bench.models import build, prompts
+from bench.models.dimensions import SHAPES, Shape
+from std_decode.cache import SparseToDenseCache
 from std_decode.loop import Decoding
 
 CPU = torch.device("cpu")
@@ -46,7 +51,7 @@ def bench(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def model():
-    return shapes.build(shapes.SHAPES["tiny"], torch.float32, CPU, seed=0)
+    return build.random_model(SHAPES["tiny"], torch.float32, CPU, seed=0)
 
 
 @pytest.fixture
@@ -59,7 +64,7 @@ def of(records, kind, batch=1):
 
 
 def test_a_grid_from_end_to_end(bench, tmp_path, capsys):
-    status, records = bench("--batch", "1", "3")
+    status, records = bench("--batch", "3", "1")
     assert status == 0
     for batch in (1, 3):
         decoded = of(records, "decode", batch)
@@ -71,6 +76,11 @@ def test_a_grid_from_end_to_end(bench, tmp_path, capsys):
         assert set(passes) == {"step", "dense", "draft", "verify"}
         assert all(record["kernels"] > 20 for record in passes.values())
         assert passes["draft"]["bytes"] < passes["verify"]["bytes"] == passes["dense"]["bytes"]
+    # What is the question comes first, of both batches, in the order given.
+    static = ("static cache" in record["what"] for record in of(records, "decode", 3))
+    assert [*static] == [False, False, False, True]
+    batches = [r["batch"] for r in records if r["kind"] == "decode"]
+    assert batches == [3] * 3 + [1] * 3 + [3, 1]
     (path,) = tmp_path.glob("decode-*.md")
     text = path.read_text()
     assert text.count("ours, forced acceptance 0.2") == 8  # in both batches' rows of each table
@@ -88,16 +98,16 @@ def test_drafts_with_4_bit_weights(bench, monkeypatch):
     assert decoded[int4]["status"] == "ok" and "GB of int4 copies" in decoded[int4]["note"]
     assert decoded[int4]["same_as_transformers"] == "20 of 20"
     bytes_of = {(r["what"], r["pass"]): r["bytes"] for r in of(records, "pass")}
-    shape = shapes.SHAPES["tiny"]
+    shape = SHAPES["tiny"]
     twins = decoded[int4]["draft_weight_bytes"]
     assert 0.5 * shape.counts.matrices < twins < 0.63 * shape.counts.matrices
     assert bytes_of[int4, "verify"] == bytes_of[own, "verify"]
     # In float32 a weight is 4 bytes, in the copies it is twins / matrices.
     saved = 4 * shape.counts.matrices - twins
     assert bytes_of[own, "draft"] - bytes_of[int4, "draft"] == saved
-    monkeypatch.setattr(shapes, "free_memory", lambda device: 1000)
-    assert "of 4-bit copies" not in str(shapes.needs(shape, torch.float32, CPU, 1, 10))
-    assert "of 4-bit copies" in str(shapes.needs(shape, torch.float32, CPU, 1, 10, twins=True))
+    monkeypatch.setattr(build, "free_memory", lambda device: 1000)
+    assert "of 4-bit copies" not in str(build.needs(shape, torch.float32, CPU, 1, 10))
+    assert "of 4-bit copies" in str(build.needs(shape, torch.float32, CPU, 1, 10, twins=True))
 
 
 @pytest.mark.parametrize("acceptance", [0.0, 0.5, 0.9, 1.0])
@@ -213,7 +223,8 @@ def test_more_ways_on_a_gpu(prompt, monkeypatch):
     monkeypatch.setattr(one, "transformers", lambda name: setattr(one, "expected", 1))
     monkeypatch.setattr(one, "static", lambda name: tried.append((name, {}, ())))
     monkeypatch.setattr(one, "ours", lambda name, patch, **how: tried.append((name, patch, how)))
-    one.run()
+    for stage in cell.STAGES:
+        one.run(stage)
     drafts = {"gamma": 4, "keys": 32}
     expected = [("transformers generate, static cache", {}, ())]
     for suffix, patch in (
@@ -233,7 +244,7 @@ def test_what_does_not_fit_the_time_box_is_listed(bench):
     (only,) = of(records, "decode")
     assert status == 0 and only["status"] == "skipped: out of time"
     ticks = itertools.count()
-    status, records = bench("--seconds", "9", clock=lambda: next(ticks))
+    status, records = bench("--seconds", "5", clock=lambda: next(ticks))
     states = [(record["what"], record["status"]) for record in of(records, "decode")]
     done = [what for what, state in states if state == "ok"]
     assert status == 0 and done == ["transformers generate"]
@@ -255,12 +266,12 @@ def test_a_first_use_is_interrupted():
 
 
 def test_what_does_not_fit_in_memory_is_refused(bench, capsys, monkeypatch):
-    monkeypatch.setattr(shapes, "free_memory", lambda device: 1000)
+    monkeypatch.setattr(build, "free_memory", lambda device: 1000)
     assert bench() == (2, [])
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "GB of weights" in error and "0.00 GB are free" in error
-    small = shapes.needs(shapes.SHAPES["tiny"], torch.float32, CPU, 1, 170).total
-    monkeypatch.setattr(shapes, "free_memory", lambda device: small + 1000)
+    small = build.needs(SHAPES["tiny"], torch.float32, CPU, 1, 170).total
+    monkeypatch.setattr(build, "free_memory", lambda device: small + 1000)
     status, records = bench("--batch", "1", "64", "--seconds", "0")
     (large,) = of(records, "decode", 64)
     assert status == 0 and large["status"].startswith("skipped: does not fit: about 0.")
@@ -271,12 +282,12 @@ def test_what_does_not_fit_in_memory_is_refused(bench, capsys, monkeypatch):
     "rows, kv, activations, counted",
     [
         (1, 100e6, 10e6, 210e6),  # a row is read beside what is kept of it
-        (4, 400e6, 10e6, 900e6),  # decoding: the batch, a run's own, and the row that was read
+        (4, 400e6, 10e6, 500e6),  # decoding: a run's own, and the row that was read
         (4, 400e6, 800e6, 1000e6),  # reading takes more
     ],
 )
 def test_what_decoding_and_reading_need(rows, kv, activations, counted):
-    needed = shapes.Needs(50_000_000, int(kv), int(activations), 0, rows=rows)
+    needed = build.Needs(50_000_000, int(kv), int(activations), 0, rows=rows)
     assert needed.total == pytest.approx(1.1 * (50e6 + counted) + 2**26)
 
 
@@ -286,19 +297,20 @@ def test_what_decoding_and_reading_need(rows, kv, activations, counted):
      ("llama-3-8b", 8.03, 131072)],
 )  # fmt: skip
 def test_shapes_are_those_of_real_models(name, billions, kv):
-    shape = shapes.SHAPES[name]
-    assert shapes.parameter_bytes(shape, torch.bfloat16) / 2e9 == pytest.approx(billions, abs=0.01)
-    assert shapes.kv_bytes(shape, torch.bfloat16) == kv
+    shape = SHAPES[name]
+    assert build.parameter_bytes(shape, torch.bfloat16) / 2e9 == pytest.approx(billions, abs=0.01)
+    assert build.kv_bytes(shape, torch.bfloat16) == kv
 
 
 @pytest.mark.parametrize("family", ["llava_onevision", "llama", "qwen3_vl", "qwen3_vl_moe"])
 def test_families_decode(family):
     more = {"head_dim": 32} if family.startswith("qwen3") else {}
     more |= {"experts": 4, "experts_per_token": 2} if family.endswith("moe") else {}
-    shape = shapes.Shape(family, 64, 2, 4, 2, 96, 128, 1e4, 0.2, **more)
-    prompt = prompts.Prompt(shapes.build(shape, torch.float32, CPU, 0), 40, seed=0)
+    shape = Shape(family, 64, 2, 4, 2, 96, 128, 1e4, 0.2, **more)
+    prompt = prompts.Prompt(build.random_model(shape, torch.float32, CPU, 0), 40, seed=0)
     one = make_cell(prompt, new_tokens=12)
-    one.run()
+    for stage in cell.STAGES:
+        one.run(stage)
     states = {record["what"]: record["status"] for record in one.results.of("decode")}
     assert len(states) == 4 and set(states.values()) == {"ok"}
     weights = sum(parameter.nbytes for parameter in prompt.model.get_decoder().parameters())
@@ -315,6 +327,24 @@ def test_a_prompt_goes_on_as_if_it_had_been_read_at_once(prompt):
         assert torch.equal(prompt.tokens(12), whole)
         assert torch.equal(prompt.tokens(12, prompt.rewind(static)), whole)
     assert all(map(torch.equal, kept, (layer.keys for layer in prompt.cache.layers)))
+
+
+def test_rows_of_a_prompt_share_memory_and_a_run_has_its_own(prompt, monkeypatch):
+    """Else a batch would be in memory three times, and what fits into it would not fit."""
+    one, three = prompt.nbytes, (prompt.repeat(3), prompt.ids, prompt.nbytes)
+    assert three[2] == one and prompt.cache.layers[0].keys.shape[0] == 3
+    prompt.repeat(1), prompt.repeat(3)
+    assert torch.equal(prompt.ids, three[1])  # whatever was asked for before
+    copied, plain = [], SparseToDenseCache.to_dynamic
+    monkeypatch.setattr(
+        SparseToDenseCache, "to_dynamic", lambda *a, **b: copied.append(1) or plain(*a, **b)
+    )
+    with std_decode.patched(prompt.model, draft_length=2, top_k_keys=32):
+        told = prompt.tokens(8)
+        assert copied == [1]
+        with probes.unseen_cache():
+            assert torch.equal(prompt.tokens(8), told)
+    assert copied == [1]
 
 
 def test_kernels_are_counted_and_added_up():
@@ -395,7 +425,7 @@ def test_the_demo_model_from_end_to_end(bench, tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def narrations():
-    model = shapes.demo_model(torch.float32, CPU)
+    model = build.demo_model(torch.float32, CPU)
     return prompts.DemoPrompt(model, 256, seed=3, events=4)
 
 
@@ -472,12 +502,14 @@ def test_it_goes_on_where_it_was_cut_off(bench, tmp_path, monkeypatch):
     # Nothing is left to do: nothing is done.
     assert bench(*ways, "--resume")[1] == whole and tried == []
     # The passes of the last way were not all written.
-    path.write_text("".join(lines[:-1]) + lines[-1][:30])
+    cut = max(n for n, line in enumerate(lines) if '"kind": "pass"' in line)
+    path.write_text("".join(lines[:cut]) + lines[cut][:30])
     status, found = bench(*ways, "--resume")
-    assert status == 0 and found[:-1] == whole[:-1]
+    assert status == 0 and found[:cut] == whole[:cut] and len(found) == len(whole)
     assert tried == ["transformers generate", "ours, forced acceptance 0.2"]
     last = ("what", "pass", "context")
-    assert [found[-1][x] for x in last] == [whole[-1][x] for x in last] and found[-1] != whole[-1]
+    assert [found[cut][x] for x in last] == [whole[cut][x] for x in last]
+    assert found[cut] != whole[cut]
     # Another seed is another run.
     assert bench(*ways, "--resume", "--seed", "5")[1][1] != whole[1]
 
@@ -487,6 +519,6 @@ def test_a_machine_too_busy_to_time_is_told(prompt, monkeypatch):
     spans = iter([0.01] * 4 + [1.0] * 90)
     monkeypatch.setattr(probes, "seconds", lambda call, device: call() is None or next(spans))
     monkeypatch.setattr(one, "first_use", lambda call: (0.0, call()))
-    one.run()
+    one.run(0)
     states = [record["status"] for record in one.results.of("decode")]
     assert states[-1] == "skipped: the machine is too busy to time it" and not one.results.bad

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from bench import exactness
 from bench.__main__ import main
+from bench.exactness import measure as exactness
 from bench.sections import write_section
 from std_decode.rows import Rows
 

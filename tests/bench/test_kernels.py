@@ -9,12 +9,9 @@ import torch
 import torch.nn.functional as F
 
 import std_kernels as sk
-from bench import kernels_checks as checks
-from bench import kernels_points as points
-from bench import kernels_rivals as rivals
-from bench import kernels_run, kernels_tables, ops, timing
 from bench.__main__ import main
-from bench.kernels_points import OPS, Point
+from bench.kernels import checks, libraries, ops, points, rivals, runner, tables, timing
+from bench.kernels.points import OPS, Point
 from std_kernels import reference
 
 CPU = torch.device("cpu")
@@ -27,7 +24,7 @@ def quickly(monkeypatch):
     monkeypatch.setattr(timing, "CPU_ROUNDS", (1, 1))
     monkeypatch.setattr(timing, "CPU_CACHE_BYTES", 1 << 12)
     copy = ops.copy_case
-    monkeypatch.setattr(kernels_run, "copy_case", lambda device, _: copy(device, 1 << 16))
+    monkeypatch.setattr(runner, "copy_case", lambda device, _: copy(device, 1 << 16))
 
 
 @pytest.fixture(autouse=True)
@@ -51,7 +48,7 @@ def test_what_it_writes(tmp_path, capsys):
     assert bench("--out", tmp_path, "--name", "cpu") == 0
     about, copy, *found = records(tmp_path, "cpu")
     assert about["kind"] == "environment" and about["threads"] == torch.get_num_threads()
-    assert about["absent"] == list(rivals.LIBRARIES) and about["dtype"] == "float32"
+    assert about["absent"] == list(libraries.LIBRARIES) and about["dtype"] == "float32"
     assert copy["op"] == "copy" and copy["of_copy"] == 1
     assert {record["op"] for record in found} == set(OPS)
     assert {record["status"] for record in found} == {"ok"}
@@ -61,7 +58,7 @@ def test_what_it_writes(tmp_path, capsys):
         assert record["gb_per_s"] == pytest.approx(record["bytes"] / record["cold_ms"] / 1e6)
         assert ("ours_takes" in record) == (record["what"] != "ours")
     named = {record["what"] for record in found} - {"ours"}
-    on_a_gpu = {"sdpa-efficient", "sdpa-cudnn", *rivals.LIBRARIES}
+    on_a_gpu = {"sdpa-efficient", "sdpa-cudnn", *libraries.LIBRARIES}
     assert named == set(rivals.NAMES) - on_a_gpu
     text = (tmp_path / "cpu.md").read_text()
     assert all(word in text for word in (*OPS, *named, "not installed: flash-attn"))
@@ -139,9 +136,9 @@ def unsorted(right, scores, k):
 )
 def test_a_wrong_kernel_is_refused_and_not_timed(op, change, tmp_path, monkeypatch, capsys):
     timed = []
-    measure_all = kernels_run.measure_all
+    measure_all = runner.measure_all
     monkeypatch.setattr(
-        kernels_run, "measure_all", lambda calls, device: timed.append(calls) or measure_all(
+        runner, "measure_all", lambda calls, device: timed.append(calls) or measure_all(
             calls, device
         )
     )  # fmt: skip
@@ -218,7 +215,7 @@ def test_resume(tmp_path, monkeypatch, capsys):
         raise AssertionError("timed again")
 
     with monkeypatch.context() as patch:
-        patch.setattr(kernels_run, "measure_all", no_more)
+        patch.setattr(runner, "measure_all", no_more)
         assert bench(*options, "--resume") == 0
         # Another setting's records are not gone on from.
         changed = path.read_text().replace('"dtype": "float32"', '"dtype": "float16"', 1)
@@ -355,7 +352,7 @@ def test_flash_attention(module, tuple_of, T, monkeypatch):
 
     fake = types.SimpleNamespace(flash_attn_with_kvcache=flash_attn_with_kvcache)
     monkeypatch.setitem(sys.modules, module, fake)
-    rival = rivals._flash(given, module)
+    rival = libraries.flash(given, module)
     assert right(given).of_rival(rival.output(rival.prepare()()), rival.causal) <= 1
 
 
@@ -416,7 +413,7 @@ def flashinfer(monkeypatch):
 @pytest.mark.parametrize("T", [1, 4])
 def test_flashinfer(T, flashinfer):
     given = attention(T, B=3)
-    rival = rivals._flashinfer(given, None, 0)
+    rival = libraries.paged(given, None, 0)
     call = rival.prepare()
     for page, tensor in zip(call.args[1], (given.key, given.value)):
         same_memory(page, tensor)
@@ -429,7 +426,7 @@ def test_flashinfer_over_pages_of_one_key(T, flashinfer):
     order = torch.rand(3, 2, 128).argsort(-1)[..., :16].sort(-1).values.to(torch.int32)
     expected = checks.sparse(*given[:3], order, given.kv_len - 64, given.kv_len)
     last = torch.arange(128, 192, dtype=torch.int32).expand(3, 2, 64)
-    rival = rivals._flashinfer(given, torch.cat((order, last), -1), 64)
+    rival = libraries.paged(given, torch.cat((order, last), -1), 64)
     assert expected.of_rival(rival.output(rival.prepare()()), rival.causal) <= 1
 
 
@@ -458,14 +455,14 @@ def test_xformers(T, monkeypatch):
     monkeypatch.setitem(sys.modules, "xformers.ops.fmha", fmha)
     bias = types.SimpleNamespace(LowerTriangularFromBottomRightMask=Mask)
     monkeypatch.setitem(sys.modules, "xformers.ops.fmha.attn_bias", bias)
-    rival = rivals._xformers(given)
+    rival = libraries.xformers(given)
     assert right(given).of_rival(rival.output(rival.prepare()()), rival.causal) <= 1
 
 
 def test_the_picture_takes_the_sizes_that_are_nearest():
     base = dict(op="sparse_attention", batch=1, what="ours")
     rows = [base | dict(tokens=t, keys=k) for t in (1, 3, 10) for k in (256, 2048)]
-    assert [(r["tokens"], r["keys"]) for r in kernels_tables._nearest(rows)] == [(3, 256)]
+    assert [(r["tokens"], r["keys"]) for r in tables._nearest(rows)] == [(3, 256)]
 
 
 @pytest.mark.slow

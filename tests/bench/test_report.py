@@ -9,8 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import demo, records, report, report_plots, report_tables
+from bench import demo, environment, records
 from bench.__main__ import main
+from bench.report import command as report
+from bench.report import plots as report_plots
+from bench.report import tables as report_tables
 
 ROOT = Path(__file__).parents[2]
 ABOUT = {
@@ -235,7 +238,7 @@ def test_the_demo_is_measured_and_goes_on(tmp_path, monkeypatch):
     assert main([*given, "--draft-length", "4"]) == 0
     (path,) = tmp_path.glob("demo-*.jsonl")
     about, record = records.read(path)
-    assert about["checkpoint"] == records.checkpoint() and about["device"]
+    assert about["checkpoint"] == environment.checkpoint() and about["device"]
     assert record["identical"] and record["video_tokens"] == 64 and record["emitted"] > 3
     assert record["patched_tokens_per_second"] > 0 and 0 <= record["acceptance_rate"] <= 1
     assert len(report_tables.demo(tmp_path)) == 5
@@ -247,7 +250,7 @@ def test_the_demo_is_measured_and_goes_on(tmp_path, monkeypatch):
         return subprocess.CompletedProcess(command, 2, "", "one\nout of luck\n")
 
     monkeypatch.setattr(demo.subprocess, "run", fails)
-    monkeypatch.setattr("bench.gpu.output", lambda *_: about["commit"])
+    monkeypatch.setattr("bench.environment.output", lambda *_: about["commit"])
     assert main([*given, "--draft-length", "4", "auto", "--resume"]) == 1
     assert len(asked) == 1 and asked[0][asked[0].index("--draft-length") + 1] == "auto"
     assert records.read(path)[1:] == [
@@ -258,7 +261,7 @@ def test_the_demo_is_measured_and_goes_on(tmp_path, monkeypatch):
 
 
 def test_records_say_where_they_are_from(tmp_path):
-    about = records.environment(torch.device("cpu"), seed=3)
+    about = environment.environment(torch.device("cpu"), seed=3)
     assert about["kind"] == "environment" and about["seed"] == 3 and about["threads"] >= 1
     path = records.file_of(tmp_path, "decode", "NVIDIA H100 80GB HBM3")
     assert path.name == "decode-nvidia-h100-80gb-hbm3.jsonl"
@@ -276,3 +279,18 @@ def test_records_say_where_they_are_from(tmp_path):
         assert other.resumed == 0
         journal = records.Journal(path, about)
         journal.keep({"status": "ok"})
+
+
+def test_an_exception_in_one_line(capsys):
+    compiler = "at 7:12:\n    x = tl.load(p)\n    ^\nTypeError('no pointer')"
+    for text, said in (
+        (compiler, "TypeError('no pointer')"),
+        ("first\nsecond", "first"),
+        ("", ""),
+    ):
+        try:
+            raise RuntimeError(text)
+        except RuntimeError as error:
+            assert records.failure(error) == f"failed: RuntimeError: {said}"
+        # Where it came from is in the log.
+        assert "test_an_exception_in_one_line" in capsys.readouterr().err

@@ -13,11 +13,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import shapes, speedup_map
 from bench.__main__ import main
-from bench.devices import GIB, GPUS
-from bench.models import FOUR_BIT_BYTES, SHAPES, Shape
-from bench.predictions import Cell
+from bench.models import build
+from bench.models.dimensions import FOUR_BIT_BYTES, SHAPES, Shape
+from bench.roofline import sweep
+from bench.roofline.devices import GIB, GPUS, named
+from bench.roofline.predictions import Cell
 from std_decode.cost import Device
 
 RESULTS = Path(__file__).parents[2] / "bench" / "results"
@@ -51,9 +52,7 @@ def of(found, what, model="qwen2-vl-7b", batch=1, context=25000):
 
 def test_a_step_and_a_round_in_bytes(predict, capsys):
     found = predict("--batch", "8", "--draft-length", "3", "--gpu", "h200")
-    dense, bf16, four = (
-        of(found, what, batch=8) for what in ("dense", *speedup_map.WAYS.values())
-    )
+    dense, bf16, four = (of(found, what, batch=8) for what in ("dense", *sweep.WAYS.values()))
     step = (WEIGHTS + 8 * 25000 * KV) / H200
     assert dense["ms_per_step"] == pytest.approx(1e3 * step)
     assert dense["tokens_per_s"] == pytest.approx(8 / step)
@@ -189,7 +188,7 @@ def test_what_does_not_fit_is_said(predict, capsys):
 
 
 def built(shape):
-    cls, config = shapes.model_class_and_config(shape)
+    cls, config = build.model_class_and_config(shape)
     with torch.device("meta"):
         return cls._from_config(config, dtype=torch.bfloat16)
 
@@ -280,6 +279,25 @@ def test_gpus_are_those_of_the_data_sheets():
     assert sizes == [141, 80, 80, 48, 24]
 
 
+@pytest.mark.parametrize(
+    "device, name",
+    [
+        ("NVIDIA H100 80GB HBM3", "h100"),
+        ("NVIDIA H100 PCIe", "h100-pcie"),
+        ("NVIDIA H100 NVL", "h100-nvl"),
+        ("NVIDIA H200", "h200"),
+        ("NVIDIA H200 NVL", None),
+        ("NVIDIA A100-SXM4-80GB", "a100"),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
+        ("NVIDIA GeForce RTX 4090", "rtx-4090"),
+        ("AMD Instinct MI300X", "mi300x"),
+        ("AMD EPYC", None),
+    ],
+)
+def test_a_gpu_is_known_by_what_its_driver_calls_it(device, name):
+    assert named(device) == (name and GPUS[name])
+
+
 def test_the_map(tmp_path, predict, capsys):
     from PIL import Image
 
@@ -289,7 +307,7 @@ def test_the_map(tmp_path, predict, capsys):
     found = json.loads((tmp_path / "roofline-qwen2-vl-7b-h200.json").read_text())
     assert found["status"] == "PREDICTED, not measured"
     table = predict(*given)
-    for way in speedup_map.WAYS.values():
+    for way in sweep.WAYS.values():
         for row, column in itertools.product((0, 1), (0, 1)):
             batch, context = found["batch"][row], found["context"][column]
             record = of(table, way, batch=batch, context=context)
@@ -311,8 +329,8 @@ def test_the_picture_shows_speedups_and_what_does_not_fit(monkeypatch):
     monkeypatch.setattr(Axes, "add_patch", lambda self, patch: hatched.append(patch))
     monkeypatch.setattr(Axes, "contour", lambda self, values, level, **_: lines.extend(level))
     options = options_of(["--batch", "1", "64", "--context", "4000", "512000"])
-    found = speedup_map.numbers(options, "qwen2-vl-7b", "h200")
-    picture = speedup_map.picture(options, found)
+    found = sweep.numbers(options, "qwen2-vl-7b", "h200")
+    picture = sweep.picture(options, found)
     assert (1, 0, "1.78") in written and (0, 0, "0.96") in written and len(written) == 8
     boxes = [patch for patch in hatched if patch.get_hatch()]
     assert [patch.get_xy() for patch in boxes] == [(0.5, 0.5), (0.5, 0.5)]
@@ -328,7 +346,7 @@ def test_the_picture_shows_speedups_and_what_does_not_fit(monkeypatch):
 def options_of(arguments):
     import argparse
 
-    from bench import roofline
+    from bench.roofline import command as roofline
 
     parser = argparse.ArgumentParser()
     roofline.add_parser(parser.add_subparsers())
@@ -346,7 +364,7 @@ def test_the_results_are_current(tmp_path, monkeypatch):
     options = options_of(["--sweep", "--out", "."])
     kept = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
     options.batch, options.context = kept["batch"], kept["context"]
-    assert speedup_map.numbers(options, "qwen2-vl-7b", "h200") == kept
+    assert sweep.numbers(options, "qwen2-vl-7b", "h200") == kept
     assert 10_000 < (RESULTS / f"{name}.png").stat().st_size < 80_000
 
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from bench.__main__ import main
-from bench.selection_clips import Narrator
-from bench.selection_rules import RULES
-from bench.selection_trials import _Layer, _verify_with_rows, following
+from bench.selection.clips import Narrator
+from bench.selection.rules import RULES
+from bench.selection.trials import _Layer, _verify_with_rows, following
 from std_decode import attention, cache, pool
 from std_decode.cache import BufferLayer
 from std_decode.demo.model import FOLDER

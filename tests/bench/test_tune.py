@@ -7,11 +7,11 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from bench import tune  # noqa: E402
-from bench import tune_search as search  # noqa: E402
 from bench.__main__ import main  # noqa: E402
-from bench.kernels_results import Results  # noqa: E402
-from bench.tune_search import ANY, FLOAT, HALF, Row  # noqa: E402
+from bench.kernels.results import Results  # noqa: E402
+from bench.tune import command as tune  # noqa: E402
+from bench.tune import search  # noqa: E402
+from bench.tune.search import ANY, FLOAT, HALF, Row  # noqa: E402
 from std_kernels import _tuning  # noqa: E402
 
 ABOUT = {"kind": "environment", "gpu": "NVIDIA X", "triton": "3.7.1"}

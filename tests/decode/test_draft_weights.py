@@ -12,8 +12,8 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 import std_decode
-from bench.models import SHAPES
-from bench.shapes import model_class_and_config
+from bench.models.dimensions import SHAPES
+from bench.models.build import model_class_and_config
 from std_decode import draft_weights, engine, graphs, quantize, twins
 from std_decode.twins import TwinnedLinear, Twins
 
@@ -481,8 +481,8 @@ def test_auto_goes_by_the_bytes_of_a_step(make_case, monkeypatch):
 
 
 def test_auto_predicts_what_the_roofline_does(monkeypatch):
-    from bench.devices import GPUS
-    from bench.predictions import Cell
+    from bench.roofline.devices import GPUS
+    from bench.roofline.predictions import Cell
 
     monkeypatch.setattr(quantize, "no_kernel", lambda device: None)
     shape = SHAPES["qwen2-vl-7b"]

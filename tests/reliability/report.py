@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from bench.exactness import HEAD
-from bench.sections import write_section
+from bench.sections import RELIABILITY, write_section
 
 
 def write(out: Path | None, title: str, text: str) -> None:
     if out is not None:
-        write_section(out / "reliability.md", HEAD, title, text)
+        write_section(out / "reliability.md", RELIABILITY, title, text)

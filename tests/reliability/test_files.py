@@ -258,7 +258,7 @@ def test_nothing_is_written_in_place():
     ).stdout.splitlines()  # fmt: skip
     known = ("std_decode/output.py", "std_decode/twin_cache.py", "std_decode/demo/train.py")
     # Clips go to a temporary folder, a subprocess's log is a stream.
-    streams = ("std_decode/demo/video.py", "bench/gpu.py")
+    streams = ("std_decode/demo/video.py", "bench/gpu/command.py")
     others = [line for line in found if not line.startswith((*known, *streams))]
     assert found and not others, others
 

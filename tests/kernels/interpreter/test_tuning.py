@@ -5,11 +5,12 @@ import math
 import pytest
 import torch
 
-from bench import tune, tune_search
-from bench.kernels_points import Point
-from bench.kernels_results import Results
-from bench.ops import Inputs
-from bench.tune_search import ANY, FLOAT, HALF, Subject
+from bench.tune import command as tune
+from bench.tune import search as tune_search
+from bench.kernels.points import Point
+from bench.kernels.results import Results
+from bench.kernels.ops import Inputs
+from bench.tune.search import ANY, FLOAT, HALF, Subject
 
 POINTS = {
     "verify_attention": Point("verify_attention", "tiny", 1, 100, 3),

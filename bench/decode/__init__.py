@@ -1,0 +1,1 @@
+"""`python -m bench decode`: decoding beside the ways of transformers."""

@@ -1,0 +1,1 @@
+"""`python -m bench gpu`: one whole round on a GPU."""

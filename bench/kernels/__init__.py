@@ -1,0 +1,1 @@
+"""`python -m bench kernels`: each op of std_kernels beside its rivals."""

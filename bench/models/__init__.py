@@ -1,0 +1,1 @@
+"""Models that are measured or predicted: dimensions, random weights, prompts."""

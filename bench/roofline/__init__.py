@@ -1,0 +1,1 @@
+"""`python -m bench roofline`: what drafting gains on paper."""

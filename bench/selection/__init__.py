@@ -1,0 +1,1 @@
+"""`python -m bench selection`: rules of re-selection, on the demo model."""

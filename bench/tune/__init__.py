@@ -1,0 +1,1 @@
+"""`python -m bench tune`: launch configurations for std_kernels/_tuning.py."""
