@@ -20,8 +20,8 @@ from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.generation.stopping_criteria import MaxLengthCriteria, StopStringCriteria
 
 from std_decode.cache import CACHE, MOST_NEW_TOKENS
+from std_decode.calls import fallback_reason, left_padding, lockstep_reason, prompt_parts
 from std_decode.cost import Workload
-from std_decode.eligibility import fallback_reason, left_padding, lockstep_reason, prompt_parts
 from std_decode.engine import Engine
 from std_decode.lockstep import Lockstep
 from std_decode.ranks import lead, share_random_numbers
