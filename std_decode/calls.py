@@ -23,6 +23,7 @@ from transformers.generation.stopping_criteria import (
 )
 
 from std_decode.cache import CACHE
+from std_decode.changes import training_part
 from std_decode.eligibility import CACHE_LAYERS
 from std_decode.sampling import STATELESS
 
@@ -39,8 +40,13 @@ def fallback_reason(
     kwargs: dict[str, Any],
 ) -> str | None:
     """Why this generate call has to run as unpatched, or None."""
+    training = training_part(model)
     reasons = {
         "the model is in training mode; call model.eval()": model.training,
+        f"{training} is in training mode; call model.eval()": training is not None,
+        "autocast is on; load the model in the dtype that is wanted": torch.is_autocast_enabled(
+            input_ids.device.type
+        ),
         "use_cache is off": not kwargs.get("use_cache"),
         "attentions or hidden states are returned": config.output_attentions
         or config.output_hidden_states,
@@ -69,9 +75,9 @@ def fallback_reason(
         return "the attention mask does not fit the prompt and the cache given"
     if mask is not None and not _is_left_padded(mask):
         return "the attention mask is not zeros, then ones in every row"
-    if _rope_depends_on_length(model, past + new - input_ids.shape[1] + config.max_length):
+    if _rope_depends_on_length(model, past + new, input_ids, config, kwargs["position_ids"]):
         return "the model's RoPE depends on the sequence length at this length"
-    return None
+    return model._std_decode.tried.reason(model, len(input_ids))
 
 
 def _cache_reason(model: PreTrainedModel, cache: Any, batch: int) -> str | None:
@@ -153,18 +159,24 @@ def left_padding(mask: Tensor | None) -> Tensor | None:
     return (mask == 0).sum(dim=1, dtype=torch.int32)
 
 
-def _rope_depends_on_length(model: PreTrainedModel, max_length: int) -> bool:
-    config = model.get_decoder().config
-    rope = getattr(config, "rope_parameters", None) or {}
+def _rope_depends_on_length(
+    model: PreTrainedModel,
+    prompt: int,
+    input_ids: Tensor,
+    config: GenerationConfig,
+    position_ids: Tensor,
+) -> bool:
+    """Whether a token's rotation may depend on what it is fed with, or on what was before."""
+    decoder = model.get_decoder().config
+    rope = getattr(decoder, "rope_parameters", None) or {}
     nested = [value for value in rope.values() if isinstance(value, dict)] or [rope]
-    original = getattr(config, "original_max_position_embeddings", None)
-    return any(
-        one.get("rope_type") in _POSITION_DEPENDENT_ROPE
-        and max_length
-        > (
-            one.get("original_max_position_embeddings")
-            or original
-            or config.max_position_embeddings
-        )
-        for one in nested
-    )
+    nested = [one for one in nested if one.get("rope_type") in _POSITION_DEPENDENT_ROPE]
+    if not nested:
+        return False
+    # The caller's own positions, or those of a video, may be ahead of the number of tokens.
+    last = max(prompt, int(position_ids.max()) + 1) + config.max_length - input_ids.shape[1]
+    # "dynamic" goes by the last of these, "longrope" by the first that there is.
+    lengths = [one.get("original_max_position_embeddings") for one in nested]
+    lengths.append(getattr(decoder, "original_max_position_embeddings", None))
+    lengths.append(decoder.max_position_embeddings)
+    return last > min(filter(None, lengths))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import torch
@@ -23,8 +25,11 @@ _LAYER_TYPES = {"full_attention", "sliding_attention"}
 CACHE_LAYERS = {DynamicLayer, DynamicSlidingWindowLayer}
 
 
-def attention_layers(model: PreTrainedModel) -> dict[int, nn.Module]:
+def attention_layers(model: PreTrainedModel, rows: int = 1) -> dict[int, nn.Module]:
     """The attention modules of `model`'s text decoder, by `layer_idx`, once it is known eligible.
+
+    Args:
+        rows: of the trial that it is run through.
 
     Raises:
         TypeError: `model` is no generative transformers model.
@@ -89,8 +94,22 @@ def attention_layers(model: PreTrainedModel) -> dict[int, nn.Module]:
             f"patch: {name} has {len(found)} causal attention modules for "
             f"{config.num_hidden_layers} decoder layers, expected one each; {SUPPORTED}"
         )
-    _probe(model, decoder, layers)
+    with _as_in_evaluation(model), torch.autocast(_input_device(model).type, enabled=False):
+        _probe(model, decoder, layers, rows)
     return layers
+
+
+@contextmanager
+def _as_in_evaluation(model: nn.Module) -> Iterator[None]:
+    """Without dropout, whichever of its parts are in training mode now and after."""
+    training = [module for module in model.modules() if module.training]
+    try:
+        for module in training:
+            module.training = False
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def _generates_with(model: PreTrainedModel) -> str | None:
@@ -116,7 +135,9 @@ def _makes_its_own_positions(model: PreTrainedModel) -> bool:
 
 
 @torch.no_grad()
-def _probe(model: PreTrainedModel, decoder: nn.Module, layers: dict[int, nn.Module]) -> None:
+def _probe(
+    model: PreTrainedModel, decoder: nn.Module, layers: dict[int, nn.Module], rows: int
+) -> None:
     """Run a few tokens through a round of ours and through the model as it is, and compare.
 
     Additive biases, cross-attention, unequal K and V head dims and whatever else a configuration
@@ -124,8 +145,8 @@ def _probe(model: PreTrainedModel, decoder: nn.Module, layers: dict[int, nn.Modu
     """
     name = type(model).__name__
     device = _input_device(model)
-    ids = torch.arange(9, device=device)[None] % decoder.config.get_text_config().vocab_size
-    positions = torch.arange(9, device=device)[None]
+    positions = torch.arange(9, device=device).repeat(rows, 1)
+    ids = positions % decoder.config.get_text_config().vocab_size
     plain = DynamicCache(config=decoder.config)
     inputs = {"input_ids": ids, "position_ids": positions, CACHE: plain, "use_cache": True}
     with uncompiled():
@@ -137,7 +158,7 @@ def _probe(model: PreTrainedModel, decoder: nn.Module, layers: dict[int, nn.Modu
                 f"patch: {name} caches keys of shape {keys} and values of shape {values}, "
                 f"expected equal ones; {SUPPORTED}"
             )
-    cache = SparseToDenseCache(decoder.config, 9, batch=1, device=device, most_drafts=1)
+    cache = SparseToDenseCache(decoder.config, 9, batch=rows, device=device, most_drafts=1)
     engine = Engine(decoder.config, layers, cache, reselect=True)
     engine.start(
         lambda **inputs: SimpleNamespace(logits=decoder(**inputs).last_hidden_state),

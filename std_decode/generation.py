@@ -49,7 +49,10 @@ def sample(
     Leaves an account of the call as the patched `model`'s stats.
     """
     options = model._std_decode
-    reason = fallback_reason(model, input_ids, config, synced_gpus, kwargs)
+    if torch.compiler.is_compiling():
+        reason: str | None = "generate is being compiled"
+    else:
+        reason = fallback_reason(model, input_ids, config, synced_gpus, kwargs)
     if reason is not None:
         options.stats = DecodeStats(fallback=reason)
         return plain(input_ids, processors, criteria, config, synced_gpus, streamer, **kwargs)

@@ -333,9 +333,11 @@ def test_only_what_changed_is_made_again(make_case, monkeypatch):
 
 def test_weights_that_were_quantised_after_patch_lose_their_twin(make_case):
     case = make_case("llama", 2)
+    case.model.lm_head.register_forward_pre_hook(
+        lambda head, args: (args[0].to(head.weight.dtype),)
+    )
     with std_decode.patched(case.model, **PATCH):
         case.model.lm_head.weight = nn.Parameter(case.model.lm_head.weight.double())
-        case.model.lm_head.register_forward_pre_hook(lambda _, args: (args[0].double(),))
         case.generate()
         stats = std_decode.last_stats(case.model)
     assert (stats.twinned_layers, stats.kept_layers) == (21, 1)
