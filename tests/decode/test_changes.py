@@ -5,7 +5,6 @@ given unpatched, drafted where that is safe.
 import copy
 import warnings
 
-import peft
 import pytest
 import torch
 from torch import nn
@@ -141,6 +140,8 @@ def test_a_hook_that_was_there_at_patch_is_tried(make_case):
 
 
 def lora(**options):
+    import peft
+
     return peft.LoraConfig(
         task_type="CAUSAL_LM",
         init_lora_weights=False,
@@ -150,6 +151,8 @@ def lora(**options):
 
 
 def adapt(case, evaluated=True, **options):
+    import peft
+
     torch.manual_seed(0)
     case.model = peft.get_peft_model(case.model, lora(**options))
     return case.model.eval() if evaluated else case.model
