@@ -148,7 +148,7 @@ def _fingerprint(model: nn.Module) -> Hashable:
 
 
 def _plain(value: Any) -> Hashable:
-    """The numbers and names in a value, and in dicts and lists of them; None for what is neither."""
+    """The numbers and names in a value, in dicts and lists too; None for what is neither."""
     if isinstance(value, dict):
         public = {k: v for k, v in value.items() if isinstance(k, str) and not k.startswith("_")}
         return tuple((name, _plain(one)) for name, one in public.items())
