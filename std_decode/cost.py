@@ -27,14 +27,17 @@ class Workload:
     """One decoding step of a model, at one batch size and context length.
 
     Attributes:
-        weight_bytes: what a dense step reads of the weights: the text decoder and the LM head.
-        parameters: how many weights that are; each is multiplied once a token.
+        weight_bytes: what a dense step of many tokens reads of the weights: the text decoder and
+            the LM head, with all experts.
+        parameters: weights that are multiplied for a token: of experts, those that it takes.
         kv_bytes: of one cached token, keys and values, all layers that attend to everything.
         batch: rows.
         context: cached tokens of a row.
         draft_keys: keys of a row that a draft step reads, per layer.
         draft_weight_bytes: what a draft step reads of the weights; None: the same as a dense one.
         window_bytes: keys and values of a row in all sliding-window layers, which drafts read too.
+        expert_bytes: of the weights, dense and draft, those of experts of which a token takes few.
+        expert_share: how many of these it takes, 0 to 1.
     """
 
     weight_bytes: float
@@ -45,20 +48,32 @@ class Workload:
     draft_keys: int
     draft_weight_bytes: float | None = None
     window_bytes: float = 0.0
+    expert_bytes: float = 0.0
+    expert_share: float = 1.0
 
     def dense_seconds(self, device: Device, tokens: int = 1) -> float:
         """A dense pass over `tokens` new tokens of each row: a plain step, or a verification."""
         cached = self.batch * (self.context * self.kv_bytes + self.window_bytes)
-        return device.seconds(
-            self.weight_bytes + cached, 2 * self.parameters * self.batch * tokens
-        )
+        tokens *= self.batch
+        read = self.read(self.weight_bytes, tokens) + cached
+        return device.seconds(read, 2 * self.parameters * tokens)
 
     def draft_seconds(self, device: Device) -> float:
         read = min(self.draft_keys, self.context) * self.kv_bytes + self.window_bytes
         weights = self.weight_bytes
         if self.draft_weight_bytes is not None:
             weights = self.draft_weight_bytes
+        weights = self.read(weights, self.batch)
         return device.seconds(weights + self.batch * read, 2 * self.parameters * self.batch)
+
+    def read(self, weight_bytes: float, tokens: int) -> float:
+        """What a pass over `tokens` tokens of all rows reads of the weights, in bytes.
+
+        Tokens are taken to choose experts evenly and independently of each other: E experts, of
+        which each takes k, have E (1 - (1 - k/E)^tokens) of them read. Those of one text often
+        choose alike, so fewer may be.
+        """
+        return weight_bytes - self.expert_bytes * (1 - self.expert_share) ** tokens
 
     def round_seconds(self, device: Device, gamma: int) -> float:
         """`gamma` draft steps and the verification of all of them."""

@@ -170,15 +170,19 @@ def workload_of(model: Any, top_k_keys: int, twins: Twins | None = None) -> Work
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     token = 2 * heads * width * model.get_input_embeddings().weight.element_size()
     windows = [getattr(x, "sliding_window", None) for x in DynamicCache(config=config).layers]
+    experts, share = experts_of(model)
+    idle = (1 - share) * sum(weight.numel() for weight in experts)
     return Workload(
         weight_bytes=weights,
-        parameters=sum(weight.numel() for weight in read),
+        parameters=sum(weight.numel() for weight in read) - idle,
         kv_bytes=token * windows.count(None),
         batch=1,
         context=min(CONTEXT, getattr(config, "max_position_embeddings", CONTEXT)),
         draft_keys=top_k_keys,
         draft_weight_bytes=four_bit,
         window_bytes=token * sum(filter(None, windows)),
+        expert_bytes=sum(weight.nbytes for weight in experts),
+        expert_share=share,
     )
 
 
@@ -188,6 +192,21 @@ def weights_of_step(model: Any) -> list[Tensor]:
     read = {id(p): p for p in model.get_decoder().parameters() if p is not embedding}
     read |= {} if head is None else {id(p): p for p in head.parameters()}
     return [local(weight) for weight in read.values()]
+
+
+def experts_of(model: Any) -> tuple[list[Tensor], float]:
+    """The fused weights of experts ``[E, ..., ...]``, and what share of them a token takes."""
+    decoder = model.get_decoder()
+    names = ("num_experts_per_tok", "moe_topk", "moe_k")
+    taken = next((getattr(decoder.config, n) for n in names if hasattr(decoder.config, n)), None)
+    found = [
+        weight
+        for name, weight in decoder.named_parameters()
+        if "experts" in name.split(".") and weight.dim() == 3
+    ]
+    if taken is None or not found:
+        return [], 1.0
+    return [local(weight) for weight in found], min(1.0, taken / found[0].shape[0])
 
 
 def best_speedup(workload: Workload) -> float:

@@ -1,34 +1,19 @@
-"""Which models can be patched, and which calls of a patched model have to run as unpatched."""
+"""Which models can be patched."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import (
-    AsyncTextIteratorStreamer,
-    DynamicCache,
-    GenerationConfig,
-    GenerationMixin,
-    LogitsProcessorList,
-    PreTrainedModel,
-    StoppingCriteriaList,
-    TextIteratorStreamer,
-    TextStreamer,
-)
+from transformers import DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
-from transformers.generation.stopping_criteria import (
-    EosTokenCriteria,
-    MaxLengthCriteria,
-    StopStringCriteria,
-)
 
 from std_decode.attention import uncompiled
 from std_decode.cache import CACHE, BufferLayer, SparseToDenseCache
 from std_decode.engine import Engine
-from std_decode.sampling import STATELESS
 from std_decode.selection import plan_selection
 from std_decode.stats import DecodeStats
 
@@ -37,14 +22,14 @@ SUPPORTED = (
     "sliding-window self-attention, among them Qwen2-VL, LLaVA-OneVision and Llama"
 )
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
-_LAYERS = {DynamicLayer, DynamicSlidingWindowLayer}
-_CRITERIA = {EosTokenCriteria, MaxLengthCriteria, StopStringCriteria}
-_STREAMERS = {type(None), TextStreamer, TextIteratorStreamer, AsyncTextIteratorStreamer}
-_POSITION_DEPENDENT_ROPE = {"dynamic", "longrope"}
+CACHE_LAYERS = {DynamicLayer, DynamicSlidingWindowLayer}
 
 
-def attention_layers(model: PreTrainedModel) -> dict[int, nn.Module]:
+def attention_layers(model: PreTrainedModel, rows: int = 1) -> dict[int, nn.Module]:
     """The attention modules of `model`'s text decoder, by `layer_idx`, once it is known eligible.
+
+    Args:
+        rows: of the trial that it is run through.
 
     Raises:
         TypeError: `model` is no generative transformers model.
@@ -77,7 +62,7 @@ def attention_layers(model: PreTrainedModel) -> dict[int, nn.Module]:
             f"(_supports_attention_backend is False); {SUPPORTED}"
         )
     cache_layers = DynamicCache(config=config).layers
-    types = {type(layer).__name__ for layer in cache_layers} - {t.__name__ for t in _LAYERS}
+    types = {type(layer).__name__ for layer in cache_layers} - {t.__name__ for t in CACHE_LAYERS}
     if types or getattr(config, "attention_chunk_size", None) is not None:
         kinds = ", ".join(sorted(types)) or "chunked attention"
         raise NotImplementedError(f"patch: {name} has layers of type {kinds}; {SUPPORTED}")
@@ -109,8 +94,22 @@ def attention_layers(model: PreTrainedModel) -> dict[int, nn.Module]:
             f"patch: {name} has {len(found)} causal attention modules for "
             f"{config.num_hidden_layers} decoder layers, expected one each; {SUPPORTED}"
         )
-    _probe(model, decoder, layers)
+    with _as_in_evaluation(model), torch.autocast(_input_device(model).type, enabled=False):
+        _probe(model, decoder, layers, rows)
     return layers
+
+
+@contextmanager
+def _as_in_evaluation(model: nn.Module) -> Iterator[None]:
+    """Without dropout, whichever of its parts are in training mode now and after."""
+    training = [module for module in model.modules() if module.training]
+    try:
+        for module in training:
+            module.training = False
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def _generates_with(model: PreTrainedModel) -> str | None:
@@ -136,7 +135,9 @@ def _makes_its_own_positions(model: PreTrainedModel) -> bool:
 
 
 @torch.no_grad()
-def _probe(model: PreTrainedModel, decoder: nn.Module, layers: dict[int, nn.Module]) -> None:
+def _probe(
+    model: PreTrainedModel, decoder: nn.Module, layers: dict[int, nn.Module], rows: int
+) -> None:
     """Run a few tokens through a round of ours and through the model as it is, and compare.
 
     Additive biases, cross-attention, unequal K and V head dims and whatever else a configuration
@@ -144,8 +145,8 @@ def _probe(model: PreTrainedModel, decoder: nn.Module, layers: dict[int, nn.Modu
     """
     name = type(model).__name__
     device = _input_device(model)
-    ids = torch.arange(9, device=device)[None] % decoder.config.get_text_config().vocab_size
-    positions = torch.arange(9, device=device)[None]
+    positions = torch.arange(9, device=device).repeat(rows, 1)
+    ids = positions % decoder.config.get_text_config().vocab_size
     plain = DynamicCache(config=decoder.config)
     inputs = {"input_ids": ids, "position_ids": positions, CACHE: plain, "use_cache": True}
     with uncompiled():
@@ -157,7 +158,7 @@ def _probe(model: PreTrainedModel, decoder: nn.Module, layers: dict[int, nn.Modu
                 f"patch: {name} caches keys of shape {keys} and values of shape {values}, "
                 f"expected equal ones; {SUPPORTED}"
             )
-    cache = SparseToDenseCache(decoder.config, 9, batch=1, device=device, most_drafts=1)
+    cache = SparseToDenseCache(decoder.config, 9, batch=rows, device=device, most_drafts=1)
     engine = Engine(decoder.config, layers, cache, reselect=True)
     engine.start(
         lambda **inputs: SimpleNamespace(logits=decoder(**inputs).last_hidden_state),
@@ -216,142 +217,3 @@ def _input_device(model: PreTrainedModel) -> torch.device:
     if device.type == "meta":  # offloaded by accelerate, which brings weights in for each pass
         device = getattr(getattr(embeddings, "_hf_hook", None), "execution_device", "cpu")
     return torch.device(device)
-
-
-def fallback_reason(
-    model: PreTrainedModel,
-    input_ids: Tensor,
-    config: GenerationConfig,
-    synced_gpus: bool,
-    kwargs: dict[str, Any],
-) -> str | None:
-    """Why this generate call has to run as unpatched, or None."""
-    reasons = {
-        "the model is in training mode; call model.eval()": model.training,
-        "use_cache is off": not kwargs.get("use_cache"),
-        "attentions or hidden states are returned": config.output_attentions
-        or config.output_hidden_states,
-        "prefill is chunked": config.prefill_chunk_size is not None,
-        "the model is the assistant of another": config.is_assistant,
-        "generate is synchronised across GPUs (FSDP or DeepSpeed)": synced_gpus,
-        "the prompt is given as inputs_embeds": input_ids.shape[1] == 0
-        or kwargs.get("inputs_embeds") is not None,
-        "generate made no position_ids": kwargs.get("position_ids") is None,
-        # PEFT does it for prefix tuning, prompt tuning and their kin, which put keys of their own
-        # before the prompt's.
-        "prepare_inputs_for_generation was replaced": "prepare_inputs_for_generation"
-        in vars(model),
-    }
-    for reason, applies in reasons.items():
-        if applies:
-            return reason
-    cache, mask = kwargs.get(CACHE), kwargs.get("attention_mask")
-    unsuitable = _cache_reason(model, cache, len(input_ids))
-    if unsuitable is not None:
-        return unsuitable
-    past, new = prompt_parts(cache, input_ids, mask, config)
-    if new < 1:
-        return "the cache given already holds the whole prompt"
-    if mask is not None and mask.shape != (len(input_ids), past + new):
-        return "the attention mask does not fit the prompt and the cache given"
-    if mask is not None and not _is_left_padded(mask):
-        return "the attention mask is not zeros, then ones in every row"
-    if _rope_depends_on_length(model, past + new - input_ids.shape[1] + config.max_length):
-        return "the model's RoPE depends on the sequence length at this length"
-    return None
-
-
-def _cache_reason(model: PreTrainedModel, cache: Any, batch: int) -> str | None:
-    if type(cache) is not DynamicCache or cache.offloading:
-        return "the cache is not a plain DynamicCache"
-    kinds = [type(layer) for layer in cache.layers]
-    if not set(kinds) <= _LAYERS:
-        return "the cache given has layers of another kind than DynamicCache makes"
-    if not cache.get_seq_length():
-        return None
-    windows = [
-        getattr(layer, "sliding_window", None)
-        for layer in DynamicCache(config=model.get_decoder().config).layers
-    ]
-    for layer, window in zip(cache.layers, windows):
-        if getattr(layer, "sliding_window", window) != window:
-            return "the cache given has other sliding windows than the model"
-    lengths = {layer.get_seq_length() for layer in cache.layers}
-    if len(cache.layers) != len(windows) or len(lengths) != 1:
-        return "the layers of the cache given are not equally long, one for each of the model's"
-    if any(layer.keys.shape[0] != batch for layer in cache.layers):
-        return "the cache given has another batch size than the prompt"
-    return None
-
-
-def prompt_parts(
-    cache: DynamicCache, input_ids: Tensor, mask: Tensor | None, config: GenerationConfig
-) -> tuple[int, int]:
-    """How many tokens of the prompt the cache holds, and how many are still to be read.
-
-    `input_ids` are all of them or the latter alone, which generate tells by the mask's length.
-    """
-    past, given = cache.get_seq_length(), input_ids.shape[1]
-    masked = mask.shape[1] if mask is not None else getattr(config, "_mask_length", -1)
-    return past, given - past if masked == given else given
-
-
-def lockstep_reason(
-    input_ids: Tensor,
-    processors: LogitsProcessorList,
-    criteria: StoppingCriteriaList,
-    config: GenerationConfig,
-    streamer: Any,
-) -> str | None:
-    """Why the rows of a batch have to advance together, or None.
-
-    Everything that sees the steps one by one, and might make something of their order, has to be
-    code that is known not to.
-    """
-    unknown = [type(p).__name__ for p in processors if type(p) not in STATELESS]
-    unknown += [type(c).__name__ for c in criteria if type(c) not in _CRITERIA]
-    longest = [c.maximum_token_len for c in criteria if isinstance(c, StopStringCriteria)]
-    sampling = config.do_sample
-    reasons = {
-        f"{', '.join(unknown)} may depend on the order of calls": unknown,
-        "scores or logits are returned": config.return_dict_in_generate
-        and (config.output_scores or config.output_logits),
-        "a streamer takes the tokens of a batch": streamer is not None and len(input_ids) > 1,
-        "the streamer is not one of transformers' and may use random numbers": sampling
-        and type(streamer) not in _STREAMERS,
-        "nothing limits the length": not any(isinstance(c, MaxLengthCriteria) for c in criteria),
-        "a stop string is longer than the prompt": max(longest, default=0) > input_ids.shape[1],
-        f"the random numbers of {input_ids.device.type} cannot be drawn ahead": sampling
-        and input_ids.device.type not in ("cpu", "cuda"),
-        "input_ids are not int64": input_ids.dtype != torch.int64,
-    }
-    return next((reason for reason, applies in reasons.items() if applies), None)
-
-
-def _is_left_padded(mask: Tensor) -> bool:
-    steps = mask[:, 1:] >= mask[:, :-1]
-    return bool((steps.all() & (mask[:, -1] == 1).all() & ((mask == 0) | (mask == 1)).all()))
-
-
-def left_padding(mask: Tensor | None) -> Tensor | None:
-    """First valid position of each row, int32 ``[B]``; None where no row is padded."""
-    if mask is None or bool(mask.all()):
-        return None
-    return (mask == 0).sum(dim=1, dtype=torch.int32)
-
-
-def _rope_depends_on_length(model: PreTrainedModel, max_length: int) -> bool:
-    config = model.get_decoder().config
-    rope = getattr(config, "rope_parameters", None) or {}
-    nested = [value for value in rope.values() if isinstance(value, dict)] or [rope]
-    original = getattr(config, "original_max_position_embeddings", None)
-    return any(
-        one.get("rope_type") in _POSITION_DEPENDENT_ROPE
-        and max_length
-        > (
-            one.get("original_max_position_embeddings")
-            or original
-            or config.max_position_embeddings
-        )
-        for one in nested
-    )

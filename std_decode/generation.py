@@ -20,8 +20,8 @@ from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.generation.stopping_criteria import MaxLengthCriteria, StopStringCriteria
 
 from std_decode.cache import CACHE, MOST_NEW_TOKENS
+from std_decode.calls import fallback_reason, left_padding, lockstep_reason, prompt_parts
 from std_decode.cost import Workload
-from std_decode.eligibility import fallback_reason, left_padding, lockstep_reason, prompt_parts
 from std_decode.engine import Engine
 from std_decode.lockstep import Lockstep
 from std_decode.ranks import lead, share_random_numbers
@@ -49,7 +49,10 @@ def sample(
     Leaves an account of the call as the patched `model`'s stats.
     """
     options = model._std_decode
-    reason = fallback_reason(model, input_ids, config, synced_gpus, kwargs)
+    if torch.compiler.is_compiling():
+        reason: str | None = "generate is being compiled"
+    else:
+        reason = fallback_reason(model, input_ids, config, synced_gpus, kwargs)
     if reason is not None:
         options.stats = DecodeStats(fallback=reason)
         return plain(input_ids, processors, criteria, config, synced_gpus, streamer, **kwargs)

@@ -20,8 +20,8 @@ from transformers import (
 from std_decode import draft_weights as weights
 from std_decode.attention import forget_passes
 from std_decode.cache import CACHE, SparseToDenseCache
+from std_decode.changes import Tried
 from std_decode.cost import Workload
-from std_decode.eligibility import attention_layers
 from std_decode.generation import sample
 from std_decode.loop import Decoding
 from std_decode.policy import COMPILED_LENGTHS, LENGTHS, FixedLength, Policy
@@ -39,7 +39,7 @@ class _Patch:
     """What patch leaves on a model instance, as its attribute `_std_decode`."""
 
     original_class: type
-    layers: dict[int, nn.Module]
+    tried: Tried
     top_k_keys: int
     policy: Policy | FixedLength
     reselect: bool
@@ -50,6 +50,11 @@ class _Patch:
     workload: Workload
     stats: DecodeStats | None = None
     decoding: type[Decoding] = Decoding  # a subclass looks on, see sparsity/measure.py
+
+    @property
+    def layers(self) -> dict[int, nn.Module]:
+        """The attention modules of the decoder, by `layer_idx`."""
+        return self.tried.layers
 
 
 def patch(
@@ -126,11 +131,11 @@ def patch(
             f"patch: {type(target).__name__} is patched already, expected an unpatched model; "
             "call unpatch(model) first to change the options"
         )
-    layers = attention_layers(target)
+    tried = Tried(target)
     drafting = weights.prepare(target, draft_weights, draft_weights_cache, top_k_keys, compile)
     target._std_decode = _Patch(
         type(target),
-        layers,
+        tried,
         top_k_keys,
         _policy(draft_length, compile),
         reselect,

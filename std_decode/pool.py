@@ -130,7 +130,8 @@ class Engines:
 
 
 def _fingerprint(model: nn.Module) -> Hashable:
-    """What a captured pass relies on: where the weights are, and which adapters are on."""
+    """What a captured pass relies on: where the weights are, which adapters are on, what it is
+    made of, and every number in it (a LoRA adapter's scaling, say), which capturing has fixed."""
     adapters = [
         (module.disable_adapters, tuple(module.active_adapters), tuple(module.merged_adapters))
         for module in model.modules()
@@ -138,4 +139,19 @@ def _fingerprint(model: nn.Module) -> Hashable:
     ]
     twins = model._std_decode.draft_weights.tensors()
     weights = [tensor.data_ptr() for tensor in (*model.parameters(), *model.buffers(), *twins)]
-    return hash((tuple(adapters), tuple(weights)))
+    parts = [
+        (id(module), type(module).__name__, id(vars(module).get("forward")), _plain(vars(module)))
+        for module in model.modules()
+    ]
+    config = _plain(vars(model.get_decoder().config))
+    return hash((tuple(adapters), tuple(weights), tuple(parts), config))
+
+
+def _plain(value: Any) -> Hashable:
+    """The numbers and names in a value, in dicts and lists too; None for what is neither."""
+    if isinstance(value, dict):
+        public = {k: v for k, v in value.items() if isinstance(k, str) and not k.startswith("_")}
+        return tuple((name, _plain(one)) for name, one in public.items())
+    if isinstance(value, (list, tuple)):
+        return tuple(map(_plain, value))
+    return value if isinstance(value, (bool, int, float, str)) else None

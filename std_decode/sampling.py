@@ -158,7 +158,8 @@ class Noise:
         self.window = window
         self.drawn = 0  # steps so far
         self.states = {0: self.generator.get_state()}  # after so many steps
-        self.ring = torch.empty(window, batch, vocabulary, device=device)
+        # As the probabilities are, whatever torch.set_default_dtype says.
+        self.ring = torch.empty(window, batch, vocabulary, dtype=torch.float32, device=device)
         self.rows = torch.arange(batch, device=device)
 
     def draw(self, until: int, oldest: int) -> int:

@@ -1,7 +1,12 @@
-"""What a caller may hand to generate to see every step. It changes nothing and remembers all."""
+"""What sees the steps or the passes of a call and changes nothing."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
 from transformers import LogitsProcessor
 from transformers.generation.streamers import BaseStreamer
 
@@ -26,3 +31,19 @@ class Streams(BaseStreamer):
 
     def end(self):
         self.calls.append("end")
+
+
+@contextmanager
+def interposed(module: nn.Module, before: Callable[..., Any]) -> Iterator[None]:
+    """Call `before` with what each forward of `module` gets. Of a hook a call would take note."""
+    forward = module.forward
+
+    def interpose(*args: Any, **kwargs: Any) -> Any:
+        before(*args, **kwargs)
+        return forward(*args, **kwargs)
+
+    module.forward = interpose
+    try:
+        yield
+    finally:
+        del module.forward

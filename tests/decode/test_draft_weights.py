@@ -333,9 +333,11 @@ def test_only_what_changed_is_made_again(make_case, monkeypatch):
 
 def test_weights_that_were_quantised_after_patch_lose_their_twin(make_case):
     case = make_case("llama", 2)
+    case.model.lm_head.register_forward_pre_hook(
+        lambda head, args: (args[0].to(head.weight.dtype),)
+    )
     with std_decode.patched(case.model, **PATCH):
         case.model.lm_head.weight = nn.Parameter(case.model.lm_head.weight.double())
-        case.model.lm_head.register_forward_pre_hook(lambda _, args: (args[0].double(),))
         case.generate()
         stats = std_decode.last_stats(case.model)
     assert (stats.twinned_layers, stats.kept_layers) == (21, 1)
@@ -431,6 +433,28 @@ def test_copies_take_what_the_roofline_counts(monkeypatch):
         assert workload.weight_bytes == shape.weight_bytes(1)
         assert workload.draft_weight_bytes == shape.weight_bytes(1, True)
         assert workload.kv_bytes == 2 * shape.kv_values
+
+
+def test_a_step_reads_the_experts_that_the_roofline_counts():
+    shape = SHAPES["qwen3-vl-30b-a3b"]
+    cls, config = model_class_and_config(shape)
+    with torch.device("meta"):
+        model = cls._from_config(config, dtype=torch.bfloat16)
+    workload = draft_weights.workload_of(model, 1024)
+    for tokens in (1, 5, 64, 1000):
+        expected = pytest.approx(shape.weight_bytes(tokens), rel=1e-12)
+        assert workload.read(workload.weight_bytes, tokens) == expected
+    assert workload.parameters == shape.active
+
+
+@pytest.mark.parametrize("family", ["gpt_oss", "aria", "ernie4_5_vl", "glm4v_moe", "qwen3_omni"])
+def test_each_family_s_experts_are_found(make_case, family):
+    experts, share = draft_weights.experts_of(make_case(family).model)
+    assert len(experts) >= 4 and share == 0.5  # two of four; two weights a layer
+
+
+def test_a_model_without_experts_reads_all(make_case):
+    assert draft_weights.experts_of(make_case("llama").model) == ([], 1.0)
 
 
 def test_layers_with_a_window_keep_what_is_in_it(make_case):

@@ -451,6 +451,32 @@ def test_rope_that_depends_on_the_length(make_case, kind, over):
     assert_is_accelerated(case)
 
 
+@pytest.mark.filterwarnings("ignore:std_decode. a pass could not be captured")
+@pytest.mark.parametrize("ahead", [0, 1])
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_positions_that_are_ahead_of_the_number_of_tokens(make_case, kind, ahead):
+    """RoPE goes by the last position, which the caller may number, not by how many tokens it has.
+
+    And "dynamic" by the length that the model was made for, whatever else the rope states.
+    """
+    case = make_case("llama", seed=11)
+    last = 90 + 16 + 150 - ahead
+    rope = dict(rope_type=kind, rope_theta=1e4, factor=8.0, original_max_position_embeddings=last)
+    if kind == "longrope":
+        rope.update(short_factor=[1.0] * 8, long_factor=[4.0] * 8)
+    else:
+        rope["original_max_position_embeddings"] = 2 * last
+    longest = 8 * last if kind == "longrope" else last
+    case.model = causal_lm(
+        "Llama", **{**SMALL, "max_position_embeddings": longest}, rope_parameters=rope
+    )
+    case.options["position_ids"] = 150 + torch.arange(90)[None]
+    if ahead:
+        assert_runs_as_unpatched(case, "RoPE depends on the sequence length")
+    else:
+        assert_is_accelerated(case)
+
+
 @pytest.fixture
 def alone_in_a_group(tmp_path):
     import torch.distributed as dist

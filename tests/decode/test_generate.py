@@ -14,7 +14,7 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 import std_decode
-from tests.decode.observers import Streams
+from tests.decode.observers import Streams, interposed
 
 PATCH = dict(draft_length=4, top_k_keys=8)
 FAMILIES = ("qwen2_vl", "llava_onevision", "llama")
@@ -229,13 +229,11 @@ def test_an_exception_leaves_the_model_usable_and_unpatchable(make_case, monkeyp
     if where == "forward":
         layer, calls = model.get_decoder().layers[1], Explodes()
 
-        def explode(*_):
+        def explode(*_, **__):
             calls(torch.zeros(1), None)
 
-        hook = layer.register_forward_hook(explode)
-        with pytest.raises(Boom):
+        with interposed(layer, explode), pytest.raises(Boom):
             case.generate()
-        hook.remove()
     else:
         lists = {
             "logits_processor": LogitsProcessorList,

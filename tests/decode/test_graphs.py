@@ -160,9 +160,79 @@ def test_what_a_graph_relies_on_is_checked(make_case, recording):
 
     assert changed(move).graph_captures > 0
     seen = []
+    std_decode.unpatch(case.model)
     hook = layers[1].register_forward_hook(lambda *_: seen.append(1))
+    std_decode.patch(case.model, **PATCH)
     stats = changed(lambda: None, hook.remove)
     assert "hook" in stats.eager_because and stats.graph_replays == 0 and len(seen) > 16
+
+
+def scale_adapters(model):
+    for module in model.modules():
+        if hasattr(module, "set_scale"):
+            module.set_scale("default", 3.0)
+
+
+def set_on(kind, name, value):
+    def change(model):
+        for module in model.modules():
+            if kind in type(module).__name__:
+                setattr(module, name, value)
+
+    return change
+
+
+def damp(model):
+    layer = model.base_model.model.model.layers[1].mlp
+    forward = layer.forward
+    layer.forward = lambda states: forward(states) * 0.2
+
+
+NUMBERS = {
+    "adapters' scaling": scale_adapters,
+    "a norm's epsilon": set_on("RMSNorm", "variance_epsilon", 0.5),
+    "attention's scaling": set_on("Attention", "scaling", 0.1),
+    "another activation": set_on("MLP", "act_fn", torch.nn.ReLU()),
+    "another forward": damp,
+}
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_a_captured_pass_does_not_outlive_the_numbers_in_it(make_case, recording, name):
+    import peft
+
+    case = make_case("llama", 1)
+    torch.manual_seed(0)
+    config = peft.LoraConfig(
+        task_type="CAUSAL_LM", target_modules=["v_proj", "up_proj"], init_lora_weights=False
+    )
+    case.model = peft.get_peft_model(case.model, config).eval()
+    std_decode.patch(case.model, **PATCH)
+    before = case.generate()
+    case.generate()
+    assert std_decode.last_stats(case.model).graph_replays > 0
+    NUMBERS[name](case.model)
+    got = case.generate()
+    stats = std_decode.last_stats(case.model)
+    std_decode.unpatch(case.model)
+    expected = case.generate()
+    assert not torch.equal(before, expected)
+    assert stats.fallback is None and stats.graph_captures > 0
+    case.assert_same_tokens(expected, got)
+
+
+def test_a_captured_pass_does_not_outlive_a_configuration(make_case, recording):
+    case = make_case("gemma2", 1)
+    std_decode.patch(case.model, **PATCH)
+    case.generate(), case.generate()
+    case.model.config.final_logit_softcapping = 3.0
+    case.model.config.sliding_window = 9
+    for layer in case.model.model.layers:
+        if layer.self_attn.sliding_window is not None:
+            layer.self_attn.sliding_window = 9
+    got = case.generate(do_sample=True)
+    std_decode.unpatch(case.model)
+    case.assert_same_tokens(case.generate(do_sample=True), got, do_sample=True)
 
 
 def test_what_cannot_be_captured_runs_as_it_is(make_case, recording, monkeypatch):

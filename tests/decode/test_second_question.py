@@ -8,6 +8,7 @@ from transformers import DynamicCache
 
 import std_decode
 from std_decode import generation
+from tests.decode.observers import interposed
 
 PATCH = dict(draft_length=4, top_k_keys=6)
 VIDEO_INPUTS = ("pixel_values_videos",)
@@ -105,13 +106,10 @@ def test_the_video_is_not_read_again_and_the_selection_is_made_for_the_new_quest
     monkeypatch.setattr(generation, "plan_selection", planned)
     lengths = []
     with std_decode.patched(case.model, **PATCH):
-        decoder = case.model.get_decoder()
-        hook = decoder.register_forward_pre_hook(
-            lambda module, args, kwargs: lengths.append(kwargs["inputs_embeds"].shape[1]),
-            with_kwargs=True,
-        )
-        first, _, cache = ask_twice(case, given)
-        hook.remove()
+        with interposed(
+            case.model.get_decoder(), lambda **kw: lengths.append(kw["inputs_embeds"].shape[1])
+        ):
+            first, _, cache = ask_twice(case, given)
     prompt, past = case.inputs["input_ids"].shape[1], first.shape[1] - 1
     assert lengths[0] == prompt and max(lengths[1:]) == 7  # the last token, then six new ones
     (visual, _), (again, selection) = plans
@@ -184,16 +182,15 @@ def test_an_error_leaves_the_given_cache_as_it_was(make_case):
     expected = case.model.generate(**ask, past_key_values=copy.deepcopy(cache))
     calls = []
 
-    def explode(*_):
+    def explode(*_, **__):
         calls.append(1)
         if len(calls) == 5:
             raise ZeroDivisionError
 
     with std_decode.patched(case.model, **PATCH):
-        hook = case.model.get_decoder().layers[1].register_forward_hook(explode)
-        with pytest.raises(ZeroDivisionError):
+        layer = case.model.get_decoder().layers[1]
+        with interposed(layer, explode), pytest.raises(ZeroDivisionError):
             case.model.generate(**ask, past_key_values=cache)
-        hook.remove()
         assert cache.get_seq_length() == first.sequences.shape[1] - 1
         for layer, (keys, values) in zip(cache.layers, before):
             assert torch.equal(layer.keys, keys) and torch.equal(layer.values, values)

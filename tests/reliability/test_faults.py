@@ -15,7 +15,7 @@ from transformers.cache_utils import DynamicLayer
 import std_decode
 from std_decode import attention, cache, engine, quantize
 from std_decode.engine import Engine
-from tests.decode.observers import Streams, Watches
+from tests.decode.observers import Streams, Watches, interposed
 from tests.reliability.trials import Listens
 
 PATCH = dict(draft_length=4, top_k_keys=8)
@@ -416,15 +416,14 @@ def test_fork(survives, moment):
         return
     inside, go_on = threading.Event(), threading.Event()
 
-    def stop(*_):
+    def stop(*_, **__):
         inside.set()
         go_on.wait(60)
 
-    hook = kept.model.model.language_model.layers[1].register_forward_hook(stop)
-    other = threading.Thread(target=kept.case.generate)
-    other.start()
-    inside.wait(60)
-    hook.remove()
+    with interposed(kept.model.model.language_model.layers[1], stop):
+        other = threading.Thread(target=kept.case.generate)
+        other.start()
+        inside.wait(60)
     held = threading.Event()
 
     def hold():  # as a thread may at any time, though never for long

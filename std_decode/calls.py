@@ -1,0 +1,182 @@
+"""Which calls of a patched model have to run as unpatched, and which in lockstep."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    AsyncTextIteratorStreamer,
+    DynamicCache,
+    GenerationConfig,
+    LogitsProcessorList,
+    PreTrainedModel,
+    StoppingCriteriaList,
+    TextIteratorStreamer,
+    TextStreamer,
+)
+from transformers.generation.stopping_criteria import (
+    EosTokenCriteria,
+    MaxLengthCriteria,
+    StopStringCriteria,
+)
+
+from std_decode.cache import CACHE
+from std_decode.changes import training_part
+from std_decode.eligibility import CACHE_LAYERS
+from std_decode.sampling import STATELESS
+
+_CRITERIA = {EosTokenCriteria, MaxLengthCriteria, StopStringCriteria}
+_STREAMERS = {type(None), TextStreamer, TextIteratorStreamer, AsyncTextIteratorStreamer}
+_POSITION_DEPENDENT_ROPE = {"dynamic", "longrope"}
+
+
+def fallback_reason(
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    config: GenerationConfig,
+    synced_gpus: bool,
+    kwargs: dict[str, Any],
+) -> str | None:
+    """Why this generate call has to run as unpatched, or None."""
+    training = training_part(model)
+    reasons = {
+        "the model is in training mode; call model.eval()": model.training,
+        f"{training} is in training mode; call model.eval()": training is not None,
+        "autocast is on; load the model in the dtype that is wanted": torch.is_autocast_enabled(
+            input_ids.device.type
+        ),
+        "use_cache is off": not kwargs.get("use_cache"),
+        "attentions or hidden states are returned": config.output_attentions
+        or config.output_hidden_states,
+        "prefill is chunked": config.prefill_chunk_size is not None,
+        "the model is the assistant of another": config.is_assistant,
+        "generate is synchronised across GPUs (FSDP or DeepSpeed)": synced_gpus,
+        "the prompt is given as inputs_embeds": input_ids.shape[1] == 0
+        or kwargs.get("inputs_embeds") is not None,
+        "generate made no position_ids": kwargs.get("position_ids") is None,
+        # PEFT does it for prefix tuning, prompt tuning and their kin, which put keys of their own
+        # before the prompt's.
+        "prepare_inputs_for_generation was replaced": "prepare_inputs_for_generation"
+        in vars(model),
+    }
+    for reason, applies in reasons.items():
+        if applies:
+            return reason
+    cache, mask = kwargs.get(CACHE), kwargs.get("attention_mask")
+    unsuitable = _cache_reason(model, cache, len(input_ids))
+    if unsuitable is not None:
+        return unsuitable
+    past, new = prompt_parts(cache, input_ids, mask, config)
+    if new < 1:
+        return "the cache given already holds the whole prompt"
+    if mask is not None and mask.shape != (len(input_ids), past + new):
+        return "the attention mask does not fit the prompt and the cache given"
+    if mask is not None and not _is_left_padded(mask):
+        return "the attention mask is not zeros, then ones in every row"
+    if _rope_depends_on_length(model, past + new, input_ids, config, kwargs["position_ids"]):
+        return "the model's RoPE depends on the sequence length at this length"
+    return model._std_decode.tried.reason(model, len(input_ids))
+
+
+def _cache_reason(model: PreTrainedModel, cache: Any, batch: int) -> str | None:
+    if type(cache) is not DynamicCache or cache.offloading:
+        return "the cache is not a plain DynamicCache"
+    kinds = [type(layer) for layer in cache.layers]
+    if not set(kinds) <= CACHE_LAYERS:
+        return "the cache given has layers of another kind than DynamicCache makes"
+    if not cache.get_seq_length():
+        return None
+    windows = [
+        getattr(layer, "sliding_window", None)
+        for layer in DynamicCache(config=model.get_decoder().config).layers
+    ]
+    for layer, window in zip(cache.layers, windows):
+        if getattr(layer, "sliding_window", window) != window:
+            return "the cache given has other sliding windows than the model"
+    lengths = {layer.get_seq_length() for layer in cache.layers}
+    if len(cache.layers) != len(windows) or len(lengths) != 1:
+        return "the layers of the cache given are not equally long, one for each of the model's"
+    if any(layer.keys.shape[0] != batch for layer in cache.layers):
+        return "the cache given has another batch size than the prompt"
+    return None
+
+
+def prompt_parts(
+    cache: DynamicCache, input_ids: Tensor, mask: Tensor | None, config: GenerationConfig
+) -> tuple[int, int]:
+    """How many tokens of the prompt the cache holds, and how many are still to be read.
+
+    `input_ids` are all of them or the latter alone, which generate tells by the mask's length.
+    """
+    past, given = cache.get_seq_length(), input_ids.shape[1]
+    masked = mask.shape[1] if mask is not None else getattr(config, "_mask_length", -1)
+    return past, given - past if masked == given else given
+
+
+def lockstep_reason(
+    input_ids: Tensor,
+    processors: LogitsProcessorList,
+    criteria: StoppingCriteriaList,
+    config: GenerationConfig,
+    streamer: Any,
+) -> str | None:
+    """Why the rows of a batch have to advance together, or None.
+
+    Everything that sees the steps one by one, and might make something of their order, has to be
+    code that is known not to.
+    """
+    unknown = [type(p).__name__ for p in processors if type(p) not in STATELESS]
+    unknown += [type(c).__name__ for c in criteria if type(c) not in _CRITERIA]
+    longest = [c.maximum_token_len for c in criteria if isinstance(c, StopStringCriteria)]
+    sampling = config.do_sample
+    reasons = {
+        f"{', '.join(unknown)} may depend on the order of calls": unknown,
+        "scores or logits are returned": config.return_dict_in_generate
+        and (config.output_scores or config.output_logits),
+        "a streamer takes the tokens of a batch": streamer is not None and len(input_ids) > 1,
+        "the streamer is not one of transformers' and may use random numbers": sampling
+        and type(streamer) not in _STREAMERS,
+        "nothing limits the length": not any(isinstance(c, MaxLengthCriteria) for c in criteria),
+        "a stop string is longer than the prompt": max(longest, default=0) > input_ids.shape[1],
+        f"the random numbers of {input_ids.device.type} cannot be drawn ahead": sampling
+        and input_ids.device.type not in ("cpu", "cuda"),
+        "input_ids are not int64": input_ids.dtype != torch.int64,
+    }
+    return next((reason for reason, applies in reasons.items() if applies), None)
+
+
+def _is_left_padded(mask: Tensor) -> bool:
+    steps = mask[:, 1:] >= mask[:, :-1]
+    return bool((steps.all() & (mask[:, -1] == 1).all() & ((mask == 0) | (mask == 1)).all()))
+
+
+def left_padding(mask: Tensor | None) -> Tensor | None:
+    """First valid position of each row, int32 ``[B]``; None where no row is padded."""
+    if mask is None or bool(mask.all()):
+        return None
+    return (mask == 0).sum(dim=1, dtype=torch.int32)
+
+
+def _rope_depends_on_length(
+    model: PreTrainedModel,
+    prompt: int,
+    input_ids: Tensor,
+    config: GenerationConfig,
+    position_ids: Tensor,
+) -> bool:
+    """Whether a token's rotation may depend on what it is fed with, or on what was before."""
+    decoder = model.get_decoder().config
+    rope = getattr(decoder, "rope_parameters", None) or {}
+    nested = [value for value in rope.values() if isinstance(value, dict)] or [rope]
+    nested = [one for one in nested if one.get("rope_type") in _POSITION_DEPENDENT_ROPE]
+    if not nested:
+        return False
+    # The caller's own positions, or those of a video, may be ahead of the number of tokens.
+    last = max(prompt, int(position_ids.max()) + 1) + config.max_length - input_ids.shape[1]
+    # "dynamic" goes by the last of these, "longrope" by the first that there is.
+    lengths = [one.get("original_max_position_embeddings") for one in nested]
+    lengths.append(getattr(decoder, "original_max_position_embeddings", None))
+    lengths.append(decoder.max_position_embeddings)
+    return last > min(filter(None, lengths))
