@@ -12,7 +12,8 @@ BATCH = """\
 Ask the same question about many videos, and write one JSON line a video as the answers come.
 
 VIDEOS are files, folders (all videos in them and below, by their names' endings), and lists: text
-files (.txt) with a path a line. Each video is answered once, however often it is named.
+files (.txt) with a path a line, as seen from the current folder. Each video is answered once,
+however often it is named.
 
 A run that was interrupted or killed goes on where it was when the same command is given again:
 what is in the file is not asked again, and a line that was cut off is. A video that cannot be read

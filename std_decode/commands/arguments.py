@@ -127,7 +127,7 @@ def add_generate(commands: Any) -> None:
         help="tell on stderr what drafting came to (last_stats)")  # fmt: skip
     add("--tp", action="store_true",
         help="share the model among the processes of torchrun, a GPU each: tensor "
-        "parallelism")  # fmt: skip
+        "parallelism; our error is one line, then torchrun's report follows")  # fmt: skip
 
 
 def add_compare(commands: Any) -> None:

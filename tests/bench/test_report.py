@@ -60,22 +60,23 @@ def test_readme_and_results_agree():
 
 
 def test_the_check_names_the_difference_and_report_mends_it(tmp_path, capsys):
-    folder, readme = tmp_path / "results", tmp_path / "README.md"
+    folder, page = tmp_path / "results", tmp_path / "measured.md"
     shutil.copytree(ROOT / "bench/results", folder)
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    where = ["--results", str(folder), "--readme", str(readme)]
+    text = (ROOT / "docs/measured.md").read_text(encoding="utf-8")
+    readme = shutil.copy(ROOT / "README.md", tmp_path)
+    where = ["--results", str(folder), "--readme", str(readme), str(page)]
     (path,) = folder.glob("prefill-*.jsonl")
     about, first, *rest = records.read(path)
     first["ratio"] = 1.876
     path.write_text("".join(map(records.line_of, (about, first, *rest))))
-    readme.write_text(text, encoding="utf-8")
+    page.write_text(text, encoding="utf-8")
     assert main(["report", "--check", *where]) == 1
     captured = capsys.readouterr()
     times = f"{first['unpatched_ms']:.0f} | {first['patched_ms']:.0f}"
     assert f"+| 1,024 | {times} | +87.6% |" in captured.out and "disagree" in captured.err
-    assert readme.read_text(encoding="utf-8") == text
+    assert page.read_text(encoding="utf-8") == text
     assert main(["report", *where]) == 0 and main(["report", "--check", *where]) == 0
-    changed = readme.read_text(encoding="utf-8").splitlines()
+    changed = page.read_text(encoding="utf-8").splitlines()
     assert sum(old != new for old, new in zip(text.splitlines(), changed)) == 1
 
 
