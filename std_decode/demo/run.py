@@ -94,8 +94,8 @@ def demo(options: argparse.Namespace) -> int:
     console.print(_table(told, figures))
     if options.draft_length == "auto" and patched.stats.mean_accepted_length < SELDOM:
         console.print(
-            "[dim]Drafting did not pay here, so it hardly drafted: it does on long videos, such as "
-            f"--seconds {video.MOST_SECONDS}; --draft-length 4 drafts anyway.[/dim]",
+            "[dim]Drafting did not pay here, so it hardly drafted. It does on long videos, as "
+            f"of --seconds {video.MOST_SECONDS}; --draft-length 4 drafts anyway.[/dim]",
             highlight=False,
         )
     if options.json is not None:

@@ -277,3 +277,25 @@ def test_records_say_where_they_are_from(tmp_path):
         assert other.resumed == 0
         journal = records.Journal(path, about)
         journal.keep({"status": "ok"})
+
+
+def test_what_cannot_be_written_is_one_line(tmp_path, monkeypatch, capsys):
+    def full(self, content):
+        raise OSError(28, "No space left on device")
+
+    page = tmp_path / "README.md"
+    page.write_text("<!-- table: demo -->\nold\n<!-- end -->\n")
+    monkeypatch.setattr(Path, "write_bytes", full)
+    assert main(["report", "--readme", str(page), "--results", str(tmp_path)]) == 2
+    told = capsys.readouterr().err
+    assert "README.md cannot be written: No space left" in told and told.count("\n") == 1
+    assert "old" in page.read_text()
+
+
+def test_an_interruption_is_one_line(monkeypatch, capsys):
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(report, "rewritten", interrupted)
+    assert main(["report", "--check"]) == 130
+    assert capsys.readouterr().err == "python -m bench report: interrupted\n"
