@@ -52,6 +52,17 @@ def test_a_line_that_was_cut_off_is_taken_away(path, cut):
     assert path.read_bytes() == whole
 
 
+def test_an_empty_line_is_passed_over(path):
+    whole = path.read_bytes()
+    path.write_bytes(b"\n" + whole + b" \r\n")
+    with Answers(path, SETTINGS) as answers:
+        assert len(answers.done) == 3
+        answers.append([row("/d")])
+    with Answers(path, SETTINGS) as answers:
+        assert len(answers.done) == 4
+    assert path.read_bytes().startswith(b"\n" + whole + b" \r\n{")
+
+
 def test_another_prompt_adds_lines(path):
     with Answers(path, SETTINGS) as answers:
         answers.append([{**row("/a"), "prompt": None}])
