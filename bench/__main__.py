@@ -54,7 +54,18 @@ def main(argv: list[str] | None = None) -> int:
     for command in named or COMMANDS:
         import_module(COMMANDS[command]).add_parser(commands)
     options = parser.parse_args(argv)
-    return options.run(options)
+    try:
+        return options.run(options)
+    except KeyboardInterrupt:
+        print(f"python -m bench {options.command}: interrupted", file=sys.stderr)
+        return 130
+    except OSError as error:
+        from std_decode.output import NotWritten
+
+        if not isinstance(error, NotWritten):
+            raise
+        print(f"python -m bench {options.command}: {error}", file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":

@@ -1,12 +1,14 @@
 """The command line: ``std-decode demo``, ``generate``, ``compare``, ``batch``, ``sparsity``.
 
 Exit status: 0 if all went well and the tokens were identical, 1 if they were not, 2 for bad input
-(one line on stderr says what), 130 when interrupted.
+and for output that cannot be written (one line on stderr says what), 130 when interrupted, 141
+when nobody read a table to its end.
 """
 
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -21,6 +23,7 @@ from std_decode.commands.arguments import (
     add_generate,
     add_own_model,
     draft_length,
+    seed,
     whole_number,
 )
 from std_decode.demo.camera import TAGS
@@ -56,6 +59,9 @@ examples:
   std-decode sparsity --seconds 1024 --picture long.png
   std-decode sparsity --model Qwen/Qwen2-VL-2B-Instruct --video clip.mp4 --frames 16
   std-decode sparsity --model ./mine --video clip.mp4 --prompt "What is sold?" --dtype bfloat16"""
+
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class BadInput(Exception):
@@ -99,7 +105,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add(
         "--seed",
-        type=whole_number(0),
+        type=seed,
         default=0,
         metavar="N",
         help="of the clip and of sampling (default: %(default)s)",
@@ -168,11 +174,13 @@ def _add_sparsity(commands: Any) -> None:
     add("--seconds", type=whole_number(1, MOST_SECONDS), metavar="N",
         help="4 video tokens each (default: 256)")  # fmt: skip
     add("--events", type=whole_number(1, TAGS), metavar="N", help="(default: 12)")
-    add("--seed", type=whole_number(0), metavar="N", help="of the clip (default: 0)")
+    add("--seed", type=seed, metavar="N", help="of the clip (default: 0)")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv` (default: the process's own). Returns the exit status."""
+    if sys.stdout is None:  # closed, as by `>&-`
+        sys.stdout = os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
     options = _parser().parse_args(argv)
     # Importing torch and transformers takes seconds: first see whether the request makes sense.
     from std_decode.demo.video import VideoError
@@ -193,8 +201,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("std-decode: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:  # `std-decode generate | head -1`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
         return 0
+    except SystemExit:  # rich's way to end where nobody reads on: `std-decode demo | head -1`
+        return 141
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
+        print(f"std-decode: the output cannot be written: {error.strerror}", file=sys.stderr)
+        _drop_output()
+        return 2
+
+
+def _drop_output() -> None:
+    """What is left of stdout goes nowhere, or Python would fail to write it in the end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _command(name: str) -> Callable[[argparse.Namespace], int]:

@@ -40,6 +40,20 @@ def read_image(path: Path) -> Any:
         raise InputError(f"{path}: not a readable image, or a truncated one") from error
 
 
+def check_name(name: str) -> None:
+    """Raise InputError where a model's name is that of no folder, and of nothing on the hub."""
+    path = Path(name)
+    if path.is_file():
+        raise InputError(f"{name}: a file, expected a model's folder or hub id")
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise InputError(
+                f"{name}: has no config.json, expected a folder that save_pretrained has written"
+            )
+    elif name.startswith((".", "/", "~", "\\")) or name.count("/") > 1 or name.endswith("/"):
+        raise InputError(f"{name}: no such folder; a hub id is like Qwen/Qwen2-VL-2B-Instruct")
+
+
 def check_packages(*names: str) -> None:
     """Raise InputError where a package that a model's processor needs is missing or broken.
 
@@ -69,6 +83,7 @@ def load_processor(
     """
     from transformers import AutoConfig, AutoProcessor, AutoTokenizer
 
+    check_name(name)
     if takes:
         check_packages()
     with one_line(name):
@@ -192,6 +207,12 @@ def make_inputs(processor: Any, clip: Video | None, prompt: str, *, image: Any =
         seen.append({"type": "image"})
         options["images"] = [image]
     tokenizer = getattr(processor, "tokenizer", processor)
+    for token in (getattr(processor, f"{kind}_token", None) for kind in ("video", "image")):
+        if isinstance(token, str) and token in prompt:
+            raise InputError(
+                f"the prompt has {token} in it, where the model's template puts what is shown; "
+                "leave it out"
+            )
     if processor is tokenizer:
         options["return_token_type_ids"] = False  # which no decoder takes
     try:

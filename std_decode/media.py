@@ -7,6 +7,7 @@ addresses.
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -59,8 +60,7 @@ def open_video(path: Path) -> Iterator[tuple[Any, Any]]:
     import av
 
     if not path.is_file():
-        what = "not a file; expected a video such as clip.mp4" if path.exists() else "no such file"
-        raise InputError(f"{path}: {what}")
+        raise InputError(f"{path}: {_no_file(path)}")
     try:
         if path.stat().st_size == 0:
             raise InputError(f"{path}: the file is empty, so not a readable video")
@@ -86,6 +86,14 @@ def open_video(path: Path) -> Iterator[tuple[Any, Any]]:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from error
     except MemoryError:
         raise InputError(f"{path}: takes more memory to read than there is") from None
+
+
+def _no_file(path: Path) -> str:
+    if path.exists():
+        return "not a file; expected a video such as clip.mp4"
+    if re.search(r"(^|[/\\])[a-z][a-z0-9+]+:[/\\]", str(path)):  # Path makes // of it one
+        return "an address, and only files are read; download it first"
+    return "no such file"
 
 
 def _stream(container: Any, path: Path) -> Any:

@@ -11,14 +11,22 @@ from typing import Any
 from std_decode.cli import BadInput
 
 
+class NotWritten(BadInput, OSError):
+    """A file that was to be written is not."""
+
+
 def check_file(option: str, path: Path) -> None:
     """Refuse a path that cannot be written as a file.
 
     Raises:
-        BadInput: it is a folder, or in no folder.
+        BadInput: it is a folder, in no folder, or in one that takes no files.
     """
-    if path.is_dir() or not path.resolve().parent.is_dir():
+    parent = path.resolve().parent
+    if path.is_dir() or not (parent.is_dir() or _is_special(path)):
         raise BadInput(f"{option}: {path} cannot be a file: a folder, or in no folder")
+    place = path if _is_special(path) else parent
+    if not os.access(place, os.W_OK):
+        raise BadInput(f"{option}: {path} cannot be written: no permission, or read-only")
 
 
 def check_picture(option: str, path: Path) -> None:
@@ -38,13 +46,32 @@ def check_picture(option: str, path: Path) -> None:
 
 
 def replace_file(path: Path, content: bytes) -> None:
-    """Replace the file in one step, so that a failure leaves the old one."""
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    """Replace the file in one step, so that a failure leaves the old one.
+
+    What a link points to is replaced, not the link. A device or a pipe, such as /dev/stdout, is
+    written to: to put a file in its place would break it for everybody.
+
+    Raises:
+        NotWritten: the disk is full, for example.
+    """
     try:
-        part.write_bytes(content)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+        if _is_special(path):
+            path.write_bytes(content)
+            return
+        place = path.resolve()
+        part = place.with_name(f"{place.name}.{os.getpid()}.part")
+        try:
+            part.write_bytes(content)
+            os.replace(part, place)
+        except BaseException:
+            part.unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        raise NotWritten(f"{path} cannot be written: {error.strerror or error}") from error
+
+
+def _is_special(path: Path) -> bool:
+    return path.exists() and not path.is_file()
 
 
 def new_figure(width: float, height: float, dpi: int = 100) -> Any:

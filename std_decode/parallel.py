@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -34,6 +35,7 @@ from std_decode.inputs import InputError, auto_class, load_model as load_whole, 
 _START = "start it as: torchrun --nproc-per-node GPUS -m std_decode generate --tp ..."
 _VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 PATIENCE = 600.0  # seconds
+SILENCE = 10.0  # seconds of waiting before it is said
 
 
 @dataclass(frozen=True)
@@ -109,12 +111,16 @@ def run(command: Callable[[Place], int], patience: float = PATIENCE) -> int:
     cuda = torch.cuda.is_available()
     if cuda:
         torch.cuda.set_device(place.local_rank)
+    waiting = threading.Timer(SILENCE, _tell_waiting, (place, patience))
+    waiting.daemon = True
     try:
+        waiting.start()
         dist.init_process_group(
             "nccl" if cuda else "gloo",
             timeout=timedelta(seconds=patience),
             device_id=torch.device(place.device) if cuda else None,
         )
+        waiting.cancel()
         status = command(place)
         dist.barrier()
     except BaseException as error:
@@ -122,6 +128,14 @@ def run(command: Callable[[Place], int], patience: float = PATIENCE) -> int:
         _quit(_tell(error, place))
     dist.destroy_process_group()
     return status
+
+
+def _tell_waiting(place: Place, patience: float) -> None:
+    print(
+        f"std-decode, process {place.rank} of {place.size}: waiting for the others, "
+        f"for at most {patience:g} s",
+        file=sys.stderr,
+    )
 
 
 def _tell(error: BaseException, place: Place) -> int:

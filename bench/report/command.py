@@ -1,4 +1,4 @@
-"""README's measured tables and the plots, from the results files."""
+"""The measured tables of README and docs/measured.md, and the plots, from the results files."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from bench.environment import ROOT
 from bench.report import tables
 
 _HELP = f"""\
-Rewrites the tables of README.md that come from results files, and draws each file's plots. A table
-stands between the lines
+Rewrites the tables of README.md and docs/measured.md that come from results files, and draws each
+file's plots. A table stands between the lines
 
   <!-- table: NAME -->
   <!-- end -->
@@ -29,43 +29,45 @@ its first record says which, with versions, driver, commit and date:
   prefill   prefill-DEVICE.jsonl, by python -m bench prefill
   ceiling   roofline.md, by python -m bench roofline: predicted, not measured
 
-Of what has no file yet README has no table. To publish a GPU's results copy the files that
+Of what has no file yet there is no table. To publish a GPU's results copy the files that
 python -m bench gpu has written into the folder, whatever they say, and run this.
 
---check writes nothing and fails where README and results disagree. Needs no matplotlib, no torch.
-Exit status: 0, 1 if --check finds a difference, 2 if README or a file cannot be understood."""
+--check writes nothing and fails where a page and results disagree. Needs no matplotlib, no torch.
+Exit status: 0, 1 if --check finds a difference, 2 if a page or a file cannot be understood."""
 
 
 def add_parser(commands: Any) -> None:
     parser = new_parser(
         commands,
         "report",
-        "write README's tables and the plots from the results files, or check them",
+        "write the measured tables and plots from the results files, or check them",
         _HELP,
     )
     add = parser.add_argument
-    add("--check", action="store_true", help="only say whether README and results agree")
+    add("--check", action="store_true", help="only say whether pages and results agree")
     add("--results", type=Path, default=ROOT / "bench/results", metavar="DIR",
         help="where the files are (default bench/results)")  # fmt: skip
-    add("--readme", type=Path, default=ROOT / "README.md", metavar="FILE",
-        help="what to rewrite (default README.md)")  # fmt: skip
+    add("--readme", type=Path, nargs="+", metavar="FILE",
+        default=[ROOT / "README.md", ROOT / "docs/measured.md"],
+        help="what to rewrite (default README.md and docs/measured.md)")  # fmt: skip
     parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:
     try:
-        found = options.readme.read_text(encoding="utf-8")
-        wanted = rewritten(found, options.results)
+        pages = {path: path.read_text(encoding="utf-8") for path in options.readme}
+        wanted = {path: rewritten(text, options.results) for path, text in pages.items()}
     except (tables.Unclear, OSError) as error:
         print(f"bench report: {error}", file=sys.stderr)
         return 2
     if options.check:
-        return _check(options.readme.name, found, wanted)
-    if wanted != found:
-        from std_decode.output import replace_file
+        return max(_check(path.name, pages[path], wanted[path]) for path in pages)
+    for path, found in pages.items():
+        if wanted[path] != found:
+            from std_decode.output import replace_file
 
-        replace_file(options.readme, wanted.encode())
-    print(f"{options.readme}: {'rewritten' if wanted != found else 'unchanged'}")
+            replace_file(path, wanted[path].encode())
+        print(f"{path}: {'rewritten' if wanted[path] != found else 'unchanged'}")
     for path in sorted(options.results.glob("*.jsonl")):
         if path.name.startswith(("decode-", "kernels-")):
             from bench.report import plots
@@ -77,7 +79,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def rewritten(text: str, results: Path) -> str:
-    """README with its tables as the results have them.
+    """A page with its tables as the results have them.
 
     Raises:
         Unclear: a mark that is not closed, an unknown table, a file that cannot be understood.
@@ -87,14 +89,14 @@ def rewritten(text: str, results: Path) -> str:
         name = found[1]
         if name not in tables.TABLES:
             known = ", ".join(tables.TABLES)
-            raise tables.Unclear(f"README has a table {name}, expected one of {known}")
+            raise tables.Unclear(f"a page has a table {name}, expected one of {known}")
         lines = tables.TABLES[name](results)
         inside = "\n" + "\n".join(lines) + "\n\n" if lines else ""
         return f"<!-- table: {name} -->\n{inside}<!-- end -->"
 
     mark = re.compile(r"<!-- table: (\S+) -->\n((?!<!-- table).*\n)*?<!-- end -->")
     if len(mark.findall(text)) != text.count("<!-- table:"):
-        raise tables.Unclear('README has a "<!-- table: NAME -->" without "<!-- end -->"')
+        raise tables.Unclear('a page has a "<!-- table: NAME -->" without "<!-- end -->"')
     return mark.sub(table, text)
 
 
@@ -103,5 +105,7 @@ def _check(name: str, found: str, wanted: str) -> int:
         return 0
     old, new = (text.splitlines(keepends=True) for text in (found, wanted))
     sys.stdout.writelines(difflib.unified_diff(old, new, name, f"{name}, by the results"))
-    print("bench report: README and results disagree; run python -m bench report", file=sys.stderr)
+    print(
+        f"bench report: {name} and results disagree; run python -m bench report", file=sys.stderr
+    )
     return 1

@@ -42,6 +42,8 @@ class Answers:
 
     def __init__(self, path: Path, settings: dict[str, Any], retry: bool = False):
         check_file("--out", path)
+        if path.exists() and not path.is_file():
+            raise BadInput(f"--out: {path} is a device or a pipe, expected a file to go on from")
         self.path, self.settings = path, settings
         self.done: set[Key] = set()
         self.wrong: set[Key] = set()
@@ -67,7 +69,17 @@ class Answers:
         self.file.close()
 
     def append(self, rows: Iterable[dict[str, Any]]) -> None:
-        """Add lines, but none for a video and prompt that has one."""
+        """Add lines, but none for a video and prompt that has one.
+
+        Raises:
+            BadInput: there is another file by the name now, and nobody would find these lines.
+            OSError: the disk is full, for example.
+        """
+        if not self._is_there():
+            raise BadInput(
+                f"--out: {self.path} was removed or replaced while answers were written to it, as "
+                "an editor does that saves it; the same command goes on from what is there"
+            )
         for row in rows:
             key = row["video"], row["prompt"]
             if key not in self.done:
@@ -80,6 +92,12 @@ class Answers:
                 if "error" in row:
                     self.wrong.add(key)
         os.fsync(self.file.fileno())
+
+    def _is_there(self) -> bool:
+        try:
+            return os.path.samestat(os.stat(self.path), os.fstat(self.file.fileno()))
+        except FileNotFoundError:
+            return False
 
     def _open(self) -> Any:
         try:
@@ -99,6 +117,9 @@ class Answers:
         kept, whole = [], 0
         with open(self.path, "rb") as file:
             for number, line in enumerate(file, 1):
+                if line.endswith(b"\n") and not line.strip():  # left by an editor
+                    whole += len(line)
+                    continue
                 if not line.endswith(b"\n"):
                     if line[: len(_BEGINNING)] != _BEGINNING[: len(line)]:
                         raise self._foreign(number)

@@ -6,13 +6,14 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from std_decode.commands.arguments import add_loading, draft_length, whole_number
+from std_decode.commands.arguments import add_loading, draft_length, question, whole_number
 
 BATCH = """\
 Ask the same question about many videos, and write one JSON line a video as the answers come.
 
 VIDEOS are files, folders (all videos in them and below, by their names' endings), and lists: text
-files (.txt) with a path a line. Each video is answered once, however often it is named.
+files (.txt) with a path a line, as seen from the current folder. Each video is answered once,
+however often it is named.
 
 A run that was interrupted or killed goes on where it was when the same command is given again:
 what is in the file is not asked again, and a line that was cut off is. A video that cannot be read
@@ -54,7 +55,12 @@ def add_parser(commands: Any) -> None:
     )
     add = parser.add_argument
     add("videos", type=Path, nargs="+", metavar="VIDEOS", help="files, folders, .txt lists")
-    add("--prompt", metavar="TEXT", help="the question; only the demo model has one of its own")
+    add(
+        "--prompt",
+        type=question,
+        metavar="TEXT",
+        help="the question; only the demo model has one of its own",
+    )
     add("--out", type=Path, metavar="FILE.jsonl", required=True,
         help="where the answers go; gone on from if it is there")  # fmt: skip
     add("--batch-size", type=whole_number(1, 1024), default=4, metavar="B",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import asdict
 from typing import Any
 
@@ -17,6 +18,9 @@ from std_decode.batch.answers import Answers
 from std_decode.batch.videos import batches, estimate, find_videos
 from std_decode.batch.worker import Job, Row, Settings, Worker, demo_tag
 from std_decode.cli import BadInput
+from std_decode.commands.question import said_of_loading
+
+SHOWN_ERRORS = 3
 
 
 def batch(options: argparse.Namespace) -> int:
@@ -89,30 +93,52 @@ def _answer(
 
         rows = answer_on_ray(job, work, options.workers)
     else:
-        with console.status(f"loading {job.settings.model}"):
+        with said_of_loading(job.settings.model, console) if job.own_model else nullcontext():
             worker = Worker(job)
         rows = answer_here(worker, work)
     with _progress(console) as progress:
         task = progress.add_task("answering", total=sum(map(len, work)))
+        told = 0
         try:
             for some in rows:
                 answers.append(some)
                 progress.advance(task, len(some))
+                told = _tell_errors(some, told, console)
         except OSError as error:
             raise BadInput(
                 f"--out: {answers.path}: {error.strerror}; the same command goes on"
             ) from error
 
 
+def _tell_errors(rows: Sequence[Row], told: int, console: Console) -> int:
+    """Show the first errors as they come: all may be alike. Returns how many there were."""
+    for row in rows:
+        if "error" not in row:
+            continue
+        told += 1
+        error = row["error"] if row["video"] in row["error"] else f"{row['video']}: {row['error']}"
+        if told <= SHOWN_ERRORS:
+            # A name that is no UTF-8 cannot be printed as it is.
+            line = error.encode(errors="backslashreplace").decode()
+            console.print(line, style="yellow", markup=False, highlight=False, soft_wrap=True)
+        elif told == SHOWN_ERRORS + 1:
+            console.print("[yellow]more errors are in the file[/yellow]")
+    return told
+
+
 def answer_here(worker: Worker, work: Sequence[Sequence[str]]) -> Iterator[list[Row]]:
     """Rows of each batch in turn; the videos of the next one are read meanwhile."""
     with ThreadPoolExecutor(1) as reader:
         ahead = reader.submit(worker.read, work[0])
-        for following in (*work[1:], None):
-            read = ahead.result()
-            if following is not None:
-                ahead = reader.submit(worker.read, following)
-            yield worker.answer(read)
+        try:
+            for following in (*work[1:], None):
+                read = ahead.result()
+                if following is not None:
+                    ahead = reader.submit(worker.read, following)
+                yield worker.answer(read)
+        except BaseException:  # Ctrl-C: whoever waits for the reader waits for one video, not all
+            worker.stopped = True
+            raise
 
 
 def _progress(console: Console) -> Progress:

@@ -58,6 +58,7 @@ class Worker:
 
     def __init__(self, job: Job):
         self.job = job
+        self.stopped = False  # whether the rest need not be read
         make = _own if job.own_model else _demo
         self.model, self.tokenizer, self.inputs_of = make(job)
         # Answers are decoded while another thread makes inputs: the tokenizer is not for two.
@@ -69,7 +70,7 @@ class Worker:
 
     def read(self, videos: Sequence[str]) -> list[tuple[str, Inputs | str]]:
         """Each video's inputs for generate, on the CPU, or what is wrong with it."""
-        return [(video, self._read(video)) for video in videos]
+        return [(video, self._read(video)) for video in videos if not self.stopped]
 
     def _read(self, video: str) -> Inputs | str:
         try:

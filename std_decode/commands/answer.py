@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import TextStreamer
 
 from std_decode.cli import BadInput
+from std_decode.output import check_file
 from std_decode.sparsity.measure import GREEDY
 from std_decode.stats import DecodeStats
 
@@ -112,6 +113,11 @@ def patch_options(options: argparse.Namespace) -> dict[str, Any]:
     """Options of `patch`."""
     if options.draft_weights_cache is not None and options.draft_weights is None:
         raise BadInput("--draft-weights-cache keeps 4-bit copies; give --draft-weights int4 too")
+    cache = options.draft_weights_cache
+    if (
+        cache is not None and not cache.is_file()
+    ):  # one that is there may be where only root writes
+        check_file("--draft-weights-cache", cache)
     names = ("top_k_keys", "draft_length", "reselect", "draft_weights", "draft_weights_cache")
     return {name: getattr(options, name) for name in (*names, "compile")}
 
@@ -126,6 +132,16 @@ def one_line() -> Iterator[None]:
         if isinstance(error, torch.OutOfMemoryError):
             line = f"out of memory; give fewer --frames or --dtype bfloat16 ({line})"
         raise BadInput(line) from error
+    except (ValueError, RuntimeError) as error:
+        line = str(error)
+        if line.startswith("patch: "):
+            raise BadInput(line) from error
+        if line.startswith("probability tensor"):  # torch's, of a sample of no distribution
+            raise BadInput(
+                f"the logits give no probabilities ({line}); raise --temperature, or give "
+                "--dtype float32"
+            ) from error
+        raise
 
 
 def middle(runs: list[Answer], name: str) -> float:

@@ -67,6 +67,19 @@ def whole_number(least: int, most: int | None = None) -> Callable[[str], int]:
     return parse
 
 
+seed = whole_number(0, 2**63 - 1)  # what torch takes
+
+
+def question(text: str) -> str:
+    if not text.strip():
+        raise argparse.ArgumentTypeError("is empty, expected a question")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no UTF-8, expected a question") from None
+    return text
+
+
 def draft_length(text: str) -> int | str:
     return text if text == "auto" else whole_number(0, 63)(text)
 
@@ -85,7 +98,7 @@ def _positive(text: str, most: float = float("inf")) -> float:
 def add_own_model(group: Any) -> None:
     """Options of every command that takes a model of the user's."""
     add = group.add_argument
-    add("--prompt", metavar="TEXT", help="(default: Describe the video in detail.)")
+    add("--prompt", type=question, metavar="TEXT", help="(default: Describe the video in detail.)")
     add_loading(group)
 
 
@@ -114,7 +127,7 @@ def add_generate(commands: Any) -> None:
         help="tell on stderr what drafting came to (last_stats)")  # fmt: skip
     add("--tp", action="store_true",
         help="share the model among the processes of torchrun, a GPU each: tensor "
-        "parallelism")  # fmt: skip
+        "parallelism; our error is one line, then torchrun's report follows")  # fmt: skip
 
 
 def add_compare(commands: Any) -> None:
@@ -148,7 +161,7 @@ def _add_question(command: Any) -> None:
         help="sample, by the model's own generation config, instead of greedy")  # fmt: skip
     add("--temperature", type=_positive, metavar="T", help="of --sample")
     add("--top-p", type=lambda text: _positive(text, 1), metavar="P", help="of --sample")
-    add("--seed", type=whole_number(0), default=0, metavar="N",
+    add("--seed", type=seed, default=0, metavar="N",
         help="of sampling, and of the demo's clip (default: %(default)s)")  # fmt: skip
     add = command.add_argument_group("the patch").add_argument
     add("--top-k-keys", type=whole_number(1), default=1024, metavar="K",

@@ -7,7 +7,7 @@ import sys
 from typing import Any
 
 from rich.console import Console
-from transformers.utils.logging import disable_progress_bar
+from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 import std_decode
 from std_decode import parallel
@@ -34,6 +34,8 @@ def _generate(
     first = place is None or place.first  # the others compute, and say nothing
     console = Console(stderr=True, quiet=not first)
     disable_progress_bar()
+    if not first:  # its warnings are the first one's
+        set_verbosity_error()
     with one_line():
         question = ask(options, console, place)
         with std_decode.patched(question.model, **patch) as model:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 import transformers
 from rich.console import Console
 from torch import Tensor
+from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 
 import std_decode
 from std_decode import parallel
@@ -99,6 +101,22 @@ def check_question(options: argparse.Namespace) -> None:
         raise BadInput("--model needs a question; give --prompt TEXT, --video or --image FILE")
 
 
+@contextmanager
+def said_of_loading(name: str, console: Console) -> Iterator[None]:
+    """Tell that a model is loaded, and how far its download is."""
+    if Path(name).is_dir():
+        with console.status(f"loading {name}"):
+            yield
+        return
+    console.print(f"[dim]loading {name}; what is not in the cache is downloaded[/dim]")
+    if not console.quiet:
+        enable_progress_bar()  # the hub's own, which a status line of ours would break
+    try:
+        yield
+    finally:
+        disable_progress_bar()
+
+
 def ask(options: argparse.Namespace, console: Console, place: Place | None = None) -> Question:
     """Read the video, make the prompt, load the model.
 
@@ -128,8 +146,8 @@ def ask(options: argparse.Namespace, console: Console, place: Place | None = Non
         processor = load_processor(options.model, takes=takes, trust_remote_code=trust)
         prompt = options.prompt or f"Describe the {' and the '.join(takes)} in detail."
         inputs = make_inputs(processor, clip, prompt, image=image)
-        status.update(f"loading {options.model}")
-        loading: dict[str, Any] = dict(dtype=options.dtype or "auto", trust_remote_code=trust)
+    loading: dict[str, Any] = dict(dtype=options.dtype or "auto", trust_remote_code=trust)
+    with said_of_loading(options.model, console):
         if place is None:
             model = load_model(options.model, device=options.device, **loading)
         else:

@@ -32,6 +32,9 @@ from std_decode.demo.model import generate_inputs, load_model, load_tokenizer
 from std_decode.output import check_file, check_picture, png, replace_file
 
 
+SELDOM = 1.5  # tokens a dense pass; at fewer a table without an explanation looks like a failure
+
+
 def demo(options: argparse.Namespace) -> int:
     """Run ``std-decode demo``. Returns 0 if the tokens were identical, else 1."""
     console = Console()
@@ -89,6 +92,12 @@ def demo(options: argparse.Namespace) -> int:
         **asdict(patched.stats),
     }
     console.print(_table(told, figures))
+    if options.draft_length == "auto" and patched.stats.mean_accepted_length < SELDOM:
+        console.print(
+            "[dim]Drafting did not pay here, so it hardly drafted. It does on long videos, as "
+            f"of --seconds {video.MOST_SECONDS}; --draft-length 4 drafts anyway.[/dim]",
+            highlight=False,
+        )
     if options.json is not None:
         replace_file(options.json, (json.dumps(figures, indent=2) + "\n").encode())
     if options.picture is not None:

@@ -30,9 +30,9 @@ def sparsity(options: argparse.Namespace) -> int:
     question = ask(options, console)
     with Progress(console=console, transient=True) as progress:
         found = _measure(question, options, progress)
-    replace_file(options.picture, png(draw(found)))
-    replace_file(options.json, (json.dumps(found, indent=1) + "\n").encode())
     _tell(found, console)
+    replace_file(options.json, (json.dumps(found, indent=1) + "\n").encode())
+    replace_file(options.picture, png(draw(found)))
     console.print(f"[dim]picture: {options.picture}; figures: {options.json}[/dim]")
     return 0
 

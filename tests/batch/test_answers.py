@@ -1,6 +1,8 @@
 """The file of answers: nothing lost, nothing doubled, nobody else's file touched."""
 
 import json
+import os
+from pathlib import Path
 
 import pytest
 
@@ -48,6 +50,17 @@ def test_a_line_that_was_cut_off_is_taken_away(path, cut):
         assert answers.done == {("/a", "why?"), ("/b", "why?")}
         answers.append([row("/c")])
     assert path.read_bytes() == whole
+
+
+def test_an_empty_line_is_passed_over(path):
+    whole = path.read_bytes()
+    path.write_bytes(b"\n" + whole + b" \r\n")
+    with Answers(path, SETTINGS) as answers:
+        assert len(answers.done) == 3
+        answers.append([row("/d")])
+    with Answers(path, SETTINGS) as answers:
+        assert len(answers.done) == 4
+    assert path.read_bytes().startswith(b"\n" + whole + b" \r\n{")
 
 
 def test_another_prompt_adds_lines(path):
@@ -119,11 +132,31 @@ def test_no_place_for_a_file(tmp_path):
             Answers(path, SETTINGS)
 
 
+def test_a_pipe_is_refused_at_once(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(BadInput, match="a device or a pipe, expected a file"):
+        Answers(tmp_path / "pipe", SETTINGS)
+
+
+@pytest.mark.parametrize("saved", [False, True], ids=["removed", "saved"])
+def test_answers_are_not_written_where_nobody_finds_them(path, saved):
+    with Answers(path, SETTINGS) as answers:
+        content = path.read_bytes()
+        path.unlink()
+        if saved:  # by an editor, under the same name
+            path.write_bytes(content)
+        with pytest.raises(BadInput, match="removed or replaced while"):
+            answers.append([row("/d")])
+        assert ("/d", "why?") not in answers.done
+    assert path.exists() == saved
+
+
 def test_a_full_disk_is_an_error():
     answers = Answers.__new__(Answers)
     with (
         open("/dev/full", "ab", buffering=0) as answers.file,
         pytest.raises(OSError, match="space"),
     ):
+        answers.path = Path("/dev/full")
         answers.done, answers.wrong, answers.settings = set(), set(), SETTINGS
         answers.append([row("/a")])

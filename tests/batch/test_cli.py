@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 
 import pytest
 
@@ -123,9 +124,43 @@ def test_an_interruption_keeps_what_is_there(clips, expected, tmp_path, monkeypa
     assert cli.main(command) == 1 and by_video(out) == expected
 
 
+def test_the_first_errors_are_shown_as_they_come(tmp_path, capsys):
+    gone = [str(tmp_path / f"{name}.mp4") for name in range(5)]
+    assert cli.main(["batch", *gone, "--out", str(tmp_path / "a.jsonl")]) == 1
+    told = capsys.readouterr().err
+    assert told.count("no such file") == 3 and told.count("more errors are in the file") == 1
+
+
+def test_when_interrupted_the_rest_of_a_batch_is_not_read(clips, monkeypatch):
+    from std_decode.batch import run
+    from std_decode.batch.worker import Job, Settings, Worker
+
+    worker = Worker(Job(None, Settings("demo", None, 8, "float32"), False, {}))
+    read, reading, go_on = [], threading.Event(), threading.Event()
+
+    def inputs_of(video):
+        read.append(video)
+        reading.set()
+        go_on.wait(10)
+        return "never asked"
+
+    def answer(rows):
+        reading.wait(10)
+        threading.Timer(0.2, go_on.set).start()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(worker, "inputs_of", inputs_of)
+    monkeypatch.setattr(worker, "answer", answer)
+    rows = run.answer_here(worker, [[], ["a", "b", "c"]])
+    with pytest.raises(KeyboardInterrupt):
+        next(rows)
+    assert read == ["a"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
+        (["clips", "--out", "a.jsonl", "--prompt", " "], "--prompt: is empty"),
         (["clips"], "required: --out"),
         (["--out", "a.jsonl"], "required: VIDEOS"),
         (["clips", "--out", "."], "--out: . cannot be a file"),

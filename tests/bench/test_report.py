@@ -63,22 +63,23 @@ def test_readme_and_results_agree():
 
 
 def test_the_check_names_the_difference_and_report_mends_it(tmp_path, capsys):
-    folder, readme = tmp_path / "results", tmp_path / "README.md"
+    folder, page = tmp_path / "results", tmp_path / "measured.md"
     shutil.copytree(ROOT / "bench/results", folder)
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    where = ["--results", str(folder), "--readme", str(readme)]
+    text = (ROOT / "docs/measured.md").read_text(encoding="utf-8")
+    readme = shutil.copy(ROOT / "README.md", tmp_path)
+    where = ["--results", str(folder), "--readme", str(readme), str(page)]
     (path,) = folder.glob("prefill-*.jsonl")
     about, first, *rest = records.read(path)
     first["ratio"] = 1.876
     path.write_text("".join(map(records.line_of, (about, first, *rest))))
-    readme.write_text(text, encoding="utf-8")
+    page.write_text(text, encoding="utf-8")
     assert main(["report", "--check", *where]) == 1
     captured = capsys.readouterr()
     times = f"{first['unpatched_ms']:.0f} | {first['patched_ms']:.0f}"
     assert f"+| 1,024 | {times} | +87.6% |" in captured.out and "disagree" in captured.err
-    assert readme.read_text(encoding="utf-8") == text
+    assert page.read_text(encoding="utf-8") == text
     assert main(["report", *where]) == 0 and main(["report", "--check", *where]) == 0
-    changed = readme.read_text(encoding="utf-8").splitlines()
+    changed = page.read_text(encoding="utf-8").splitlines()
     assert sum(old != new for old, new in zip(text.splitlines(), changed)) == 1
 
 
@@ -294,3 +295,25 @@ def test_an_exception_in_one_line(capsys):
             assert records.failure(error) == f"failed: RuntimeError: {said}"
         # Where it came from is in the log.
         assert "test_an_exception_in_one_line" in capsys.readouterr().err
+
+
+def test_what_cannot_be_written_is_one_line(tmp_path, monkeypatch, capsys):
+    def full(self, content):
+        raise OSError(28, "No space left on device")
+
+    page = tmp_path / "README.md"
+    page.write_text("<!-- table: demo -->\nold\n<!-- end -->\n")
+    monkeypatch.setattr(Path, "write_bytes", full)
+    assert main(["report", "--readme", str(page), "--results", str(tmp_path)]) == 2
+    told = capsys.readouterr().err
+    assert "README.md cannot be written: No space left" in told and told.count("\n") == 1
+    assert "old" in page.read_text()
+
+
+def test_an_interruption_is_one_line(monkeypatch, capsys):
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(report, "rewritten", interrupted)
+    assert main(["report", "--check"]) == 130
+    assert capsys.readouterr().err == "python -m bench report: interrupted\n"

@@ -5,15 +5,17 @@ import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 import std_decode
 from std_decode import cli, inputs
-from std_decode.commands import answer
+from std_decode.commands import answer, question
 from std_decode.demo import model as demo
 from std_decode.demo import video
 from tests.commands import tiny
@@ -103,7 +105,15 @@ def test_every_option_of_the_patch_comes_through():
         (["--draft-weights-cache", "a"], "give --draft-weights int4 too"),
         (["--draft-length", "64"], "--draft-length: is 64, expected 0 to 63"),
         (["--video", "nothing.mp4"], "nothing.mp4: no such file"),
-        (["--model", "./m", "--prompt", "a"], "./m: "),
+        (["--video", "https://a.b/c.mp4"], "an address, and only files are read"),
+        (["--model", "./m", "--prompt", "a"], "./m: no such folder"),
+        (["--model", "a/b/c", "--prompt", "a"], "a/b/c: no such folder"),
+        (["--model", __file__, "--prompt", "a"], "a file, expected a model's folder or hub id"),
+        (["--model", ".", "--prompt", "a"], ".: has no config.json"),
+        (["--prompt", ""], "--prompt: is empty, expected a question"),
+        (["--model", "m", "--prompt", "\udcff"], "is no UTF-8, expected a question"),
+        (["--seed", "9223372036854775808"], "--seed: is 9223372036854775808, expected 0 to"),
+        (["--draft-weights", "int4", "--draft-weights-cache", "no/a"], "no/a cannot be a file"),
         (["--model", "./m", "--prompt", "a", "--device", "toaster"], "'toaster' cannot be used"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -148,6 +158,8 @@ def test_without_a_processor_s_packages_it_says_what_to_install(
         (torch.OutOfMemoryError("CUDA out of memory.\nTried"), "give fewer --frames"),
         (NotImplementedError("patch: X has ALiBi\nno"), "patch: X has ALiBi no"),
         (MemoryError("copies take 9 GB"), "copies take 9 GB"),
+        (ValueError("patch: draft_weights_cache is 'a', no"), "draft_weights_cache is 'a'"),
+        (RuntimeError("probability tensor contains"), "raise --temperature"),
     ],
 )
 def test_what_a_user_can_do_something_about_is_one_line(filmed, monkeypatch, capsys, error, words):
@@ -158,6 +170,24 @@ def test_what_a_user_can_do_something_about_is_one_line(filmed, monkeypatch, cap
     assert cli.main(["generate", "--video", str(filmed)]) == 2
     told = capsys.readouterr().err
     assert words in told and told.count("\n") == 1
+
+
+def test_a_prompt_must_not_hold_the_place_of_a_video():
+    processor = SimpleNamespace(video_token="<|video_pad|>", image_token=None)
+    with pytest.raises(inputs.InputError, match="the prompt has <.video_pad.> in it"):
+        inputs.make_inputs(processor, None, "What is <|video_pad|>?")
+
+
+@pytest.mark.parametrize("quiet", [False, True])
+def test_a_download_shows_its_progress(tmp_path, monkeypatch, quiet):
+    from huggingface_hub.utils import are_progress_bars_disabled
+
+    console = Console(stderr=True, quiet=quiet)
+    question.disable_progress_bar()
+    with question.said_of_loading("Qwen/Qwen2-VL-2B-Instruct", console):
+        assert are_progress_bars_disabled() == quiet
+    with question.said_of_loading(str(tmp_path), console):
+        assert are_progress_bars_disabled()
 
 
 def test_a_reader_that_has_had_enough_is_no_error(filmed):

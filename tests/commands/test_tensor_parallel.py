@@ -2,6 +2,7 @@
 
 import os
 import re
+import socket
 import subprocess
 import sys
 
@@ -103,3 +104,26 @@ def test_a_model_that_cannot_be_loaded_is_said_once(tmp_path):
     ours = re.findall(r"^std-decode.*$", done.stderr, re.MULTILINE)
     assert len(ours) == 1 and str(tmp_path) in ours[0]
     assert "question.py" not in done.stderr  # no traceback, but torchrun's own
+
+
+def test_waiting_for_a_process_that_never_comes_is_said():
+    code = (
+        "import sys; from std_decode import parallel; parallel.SILENCE = 0.1\n"
+        "sys.exit(parallel.run(lambda place: 0, patience=1))"
+    )
+    alone = dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1")
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, **alone, "MASTER_PORT": str(free_port())},
+        capture_output=True,
+        text=True,
+    )
+    waiting, *rest = done.stderr.splitlines()
+    assert waiting == "std-decode, process 0 of 2: waiting for the others, for at most 1 s"
+    assert done.returncode == 1 and "does not answer" in "".join(rest)
+
+
+def free_port():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        return taken.getsockname()[1]

@@ -16,7 +16,7 @@ from tests.decode.families.table import in_text, table
 EVERY_KEY = 10_000
 SEEDS = [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 10))]
 SEEING = [name for name, family in FAMILIES.items() if family.sees != "text"]
-README = Path(__file__).parents[2] / "README.md"
+PAGE = Path(__file__).parents[2] / "docs" / "models.md"
 
 
 @pytest.fixture
@@ -115,8 +115,8 @@ def test_pixels_count(make, family):
         assert (case.generate(**options).logits[0] - plain).abs().max() > 1e-3
 
 
-def test_the_table_in_readme_is_the_list_of_families():
-    assert in_text(README.read_text()) == table(), (
-        "the table of models in README.md is not that of tests/decode/families; write it again: "
+def test_the_table_in_the_documentation_is_the_list_of_families():
+    assert in_text(PAGE.read_text()) == table(), (
+        "the table in docs/models.md is not that of tests/decode/families; write it again: "
         "python -m tests.decode.families --write"
     )

@@ -37,6 +37,7 @@ def test_demo_narrates_and_finds_the_tokens_identical(tmp_path, extra):
     assert all(told[f"{way}_tokens_per_second"] > 0 for way in ways)
     assert 0 <= told["attributes_right"] <= 1
     assert told["fallback"] is None
+    assert ("hardly drafted" in done.stdout) == ("--draft-length" not in extra)
     if "--draft-length" in extra:
         assert (told["rounds"] > 0) == ("0" not in extra)
 

@@ -126,3 +126,29 @@ def test_an_example_takes_a_model_of_the_reader_s(name, tmp_path, filmed_for_doc
 @pytest.fixture(scope="module")
 def filmed_for_docs(tmp_path_factory):
     return tiny.film(tmp_path_factory.mktemp("filmed") / "clip.mp4")
+
+
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("docs/*.md")), ROOT / "examples/README.md"]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_link_leads_somewhere(page):
+    """To a file of the repository, and to a heading of it where it names one."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.S | re.M)
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        if link.startswith("http"):
+            continue
+        name, _, heading = link.partition("#")
+        target = page.parent / name if name else page
+        assert target.exists(), link
+        if heading:
+            found = re.findall(r"^#+ (.*)$", target.read_text(encoding="utf-8"), re.M)
+            slugs = {re.sub(r"[^\w -]", "", line.lower()).replace(" ", "-") for line in found}
+            assert heading in slugs, link
+
+
+def test_readme_counts_the_families_that_are_listed():
+    from tests.decode.families.table import in_text
+
+    listed = in_text((ROOT / "docs/models.md").read_text(encoding="utf-8")).count("\n") - 1
+    assert f"{listed} families" in (ROOT / "README.md").read_text(encoding="utf-8")

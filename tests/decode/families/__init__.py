@@ -1,6 +1,6 @@
 """Tiny random models of the families that are tested, with real inputs.
 
-``python -m tests.decode.families`` prints them as the table in README.
+``python -m tests.decode.families`` prints them as the table in docs/models.md.
 """
 
 # Each enters its own models into the list.

@@ -1,4 +1,4 @@
-"""Prints the table of tested models; with --write, puts it into README.md."""
+"""Prints the table of tested models; with --write, puts it into docs/models.md."""
 
 import sys
 from pathlib import Path
@@ -6,8 +6,8 @@ from pathlib import Path
 from tests.decode.families.table import table, written
 
 if sys.argv[1:] == ["--write"]:
-    readme = Path(__file__).parents[3] / "README.md"
-    readme.write_text(written(readme.read_text()))
+    page = Path(__file__).parents[3] / "docs" / "models.md"
+    page.write_text(written(page.read_text()))
 elif sys.argv[1:]:
     sys.exit(f"{sys.argv[1]} is unknown, expected nothing or --write")
 else:

@@ -1,4 +1,4 @@
-"""The table of tested models in README, made from the list that the tests go through."""
+"""The table of tested models in docs/models.md, made from the list that the tests go through."""
 
 from __future__ import annotations
 
@@ -33,5 +33,7 @@ def written(text: str) -> str:
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:
-        raise ValueError(f"README.md has no lines {BEGIN} and {END}; put them where it belongs")
+        raise ValueError(
+            f"docs/models.md has no lines {BEGIN} and {END}; put them where it belongs"
+        )
     return f"{before}{begin}\n{table()}\n{end}{after}"
