@@ -23,6 +23,7 @@ DECODE = ["--quick", "--shape", "tiny", *CPU, "--batch", "1", "--context", "150"
           "--new-tokens", "12", "--ways", "dense"]  # fmt: skip
 SOME_TESTS = """
 import time, pytest
+from pathlib import Path
 def test_good(record_property):
     record_property("margin", 0.25)
 def test_bad():
@@ -30,6 +31,7 @@ def test_bad():
 @pytest.mark.skip("no tool for it")
 def test_skipped(): pass
 def test_slow():
+    Path(__file__).with_name("slow has begun").touch()
     time.sleep(SECONDS)
 """
 
@@ -206,15 +208,20 @@ def test_it_goes_on_where_it_was_cut_off(tmp_path, about, capfd, monkeypatch):
 def test_what_tests_say_is_there_when_they_are_cut_off(tmp_path, about, some_tests, capfd):
     """And those that passed are not run again."""
     part = some_tests(seconds=100)
+
+    def monotonic():  # all the time is over once the last test has begun
+        return time.monotonic() + (500 if (tmp_path / "slow has begun").exists() else 0)
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(parts, "GRACE", 0)
-        assert round_of(tmp_path, about, [part], 12) == 1
+        patch.setattr(parts, "time", SimpleNamespace(monotonic=monotonic))
+        patch.setattr(parts, "LOOK", 0.2)
+        assert round_of(tmp_path, about, [part]) == 1
     tests, ended = of_round(tmp_path, about)
     states = {name.partition("::")[2]: record["status"] for name, record in tests.items()}
     assert states == {"test_good": "passed", "test_bad": "failed", "test_skipped": "skipped"}
     assert not ended["tests"]["complete"] and ended["tests"]["exit_status"] is None
     told = capfd.readouterr().out
-    for words in ("stopped after 12 s", "1 passed, 1 failed, 1 skipped", "FAILED test_some.py::",
+    for words in ("stopped after 5", "1 passed, 1 failed, 1 skipped", "FAILED test_some.py::",
                   "AssertionError: arithmetic", "no tool for it", "margin 0.25"):  # fmt: skip
         assert words in told, words
     log = (tmp_path / parts.LOG).read_text()
