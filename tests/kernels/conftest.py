@@ -95,12 +95,12 @@ def assert_accurate() -> Callable[..., None]:
 @pytest.fixture(scope="session")
 def small_chunks() -> Callable[[pytest.MonkeyPatch], None]:
     """Makes the CPU path split its work as it would at a thousand times the size."""
-    from std_kernels import _packed, cpu
+    from std_kernels import _packed, cpu, cpu_verify
 
     def shrink(monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(cpu, "MAX_LOGITS", 20)
-        monkeypatch.setattr(_packed, "MAX_LOGITS", 20)
-        monkeypatch.setattr(cpu, "_MAX_BIAS", 20)
+        for module in (_packed, cpu, cpu_verify):
+            monkeypatch.setattr(module, "MAX_LOGITS", 20)
+        monkeypatch.setattr(cpu_verify, "_MAX_BIAS", 20)
 
     return shrink
 

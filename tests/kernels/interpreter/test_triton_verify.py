@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 import std_kernels as sk
 from std_kernels import _verify_attention_kernels as kernels
-from std_kernels import cpu, reference
+from std_kernels import cpu_verify, reference
 
 INF, NAN = float("inf"), float("nan")
 SINKS = torch.tensor([0.5, -1.0, 3.0, 6.0])
@@ -56,7 +56,7 @@ def small_cache(make_cache):
 def test_the_kernels_run(small_cache, monkeypatch):
     calls = []
     for name in ("verify_attention", "verify_attention_with_scores"):
-        monkeypatch.setattr(cpu, name, None)
+        monkeypatch.setattr(cpu_verify, name, None)
         launcher = getattr(kernels, name)
         monkeypatch.setattr(kernels, name, lambda *a, f=launcher: calls.append(f) or f(*a))
     cache = small_cache([5], N=9, T=1)
