@@ -14,7 +14,7 @@ from std_decode.output import replace_file
 from std_kernels import _tuning
 
 RESULTS = Path(__file__).parent / "results" / "compile.md"
-HEAD_DIMS = (64, 128, 256)
+HEAD_DIMS = (64, 120, 128, 256)  # 120 fills no tile, and rows of it begin at multiples of 8 only
 # How many of the bytes loaded in loops may come in pieces of less than 16, by part of the kernel's
 # name. A row's lse and masks take some; a gather takes a 4-byte index or two for every 16-byte
 # piece; a merge reads little. A tile in 2-byte loads is half of the bytes or all of them, and

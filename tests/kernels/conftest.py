@@ -31,6 +31,8 @@ def _lay_out(tensor: Tensor, layout: str) -> Tensor:
         wide = tensor.new_full((*tensor.shape[:-1], tensor.shape[-1] + 24), NAN)
         wide[..., 8:-16] = tensor
         return wide[..., 8:-16]
+    if layout == "odd_rows":
+        return torch.nn.functional.pad(tensor, (0, 3), value=NAN)[..., :-3]
     if layout == "odd_strides":
         return tensor.new_full((3, 2, *tensor.shape), NAN).copy_(tensor)[1, 1]
     return tensor

@@ -36,6 +36,13 @@ def test_kernels_compile_well(case):
     assert bool(result.report.dots) == bool(result.report.matrix)
 
 
+@pytest.mark.aot
+@pytest.mark.parametrize("op", [op for op in OPS if op != "select_topk"])
+def test_rows_that_begin_at_multiples_of_8_are_read_16_bytes_at_a_time(op):
+    case = next(case for case in bench.cases(["sm_90"], [op]) if case.row.head_dim == 120)
+    assert not bench.compile_case(case).problems
+
+
 def problems_of(row, dtype, change):
     spec = change(bench.specs_of("sm_90", dtype, row)[0])
     report = inspect(bench.compile_spec(spec, "sm_90"))
