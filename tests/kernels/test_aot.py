@@ -101,6 +101,13 @@ def test_judge(change, complaint):
     assert complaint in found
 
 
+def test_products_that_wait_for_each_other_are_found():
+    product, wait = "HGMMA.64x64x16.F32.BF16 R24 ;\n", "WARPGROUP.DEPBAR.LE gsb0, 0x0 ;\n"
+    assert bench.serialized(4 * (product + wait))
+    assert not bench.serialized(4 * product + wait)
+    assert not bench.serialized("")
+
+
 def test_judge_reports_float32_and_merges_only():
     slow = Report(255, 9, 1000, "", 1, 1, {4: 8})
     assert list(bench.judge(slow, 2000, False, 0.25)) == []
