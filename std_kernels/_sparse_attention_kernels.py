@@ -68,6 +68,16 @@ def _sparse_split_kernel(
     r = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     t, g = r // G, r % G
     row = (bh * tl.num_programs(1) + s) * (T * G) + r
+    # Asked for before the lengths are there: where there is little to read, waits are what counts.
+    d = tl.arange(0, BLOCK_D)
+    stride_query_h = in_units(stride_query_h, 8)
+    at = t.to(tl.int64) * in_units(stride_query_t, 8) + g.to(tl.int64) * stride_query_h
+    at += b * in_units(stride_query_b, 8) + h * G * stride_query_h
+    query = tl.load(
+        query_ptr + at[:, None] + d[None, :],
+        mask=(t < T)[:, None] & (d < D)[None, :],
+        other=0.0,
+    )  # [BLOCK_M, BLOCK_D]
     tail_start = tl.maximum(tl.load(tail_start_ptr + b), 0)
     kv_len = tl.load(kv_len_ptr + b)
     is_list = s < list_splits
@@ -82,15 +92,6 @@ def _sparse_split_kernel(
         store_partial(partial_ptr, row, t < T, acc, top, total, BLOCK_D)
         return
 
-    d = tl.arange(0, BLOCK_D)
-    stride_query_h = in_units(stride_query_h, 8)
-    at = t.to(tl.int64) * in_units(stride_query_t, 8) + g.to(tl.int64) * stride_query_h
-    at += b * in_units(stride_query_b, 8) + h * G * stride_query_h
-    query = tl.load(
-        query_ptr + at[:, None] + d[None, :],
-        mask=(t < T)[:, None] & (d < D)[None, :],
-        other=0.0,
-    )  # [BLOCK_M, BLOCK_D]
     position = kv_len - T + t
     key_ptr += b * in_units(stride_key_b, UNIT) + h * in_units(stride_key_h, UNIT)
     value_ptr += b * in_units(stride_value_b, UNIT) + h * in_units(stride_value_h, UNIT)

@@ -1,6 +1,7 @@
 """Kernels compiled for GPUs that are not there, and the checker of what comes out."""
 
 import os
+import re
 
 import pytest
 
@@ -41,6 +42,21 @@ def test_kernels_compile_well(case):
 def test_rows_that_begin_at_multiples_of_8_are_read_16_bytes_at_a_time(op):
     case = next(case for case in bench.cases(["sm_90"], [op]) if case.row.head_dim == 120)
     assert not bench.compile_case(case).problems
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+def test_a_draft_asks_for_keys_and_values_at_once(target):
+    """Before the first product, that is: one trip to memory instead of two."""
+    row = next(
+        row
+        for row in bench.reachable_rows(target)
+        if (row.op, row.kernel, row.head_dim) == ("sparse_attention", "few rows", 128)
+    )
+    compiled = bench.compile_spec(bench.specs_of(target, "bf16", row)[0], target)
+    before, product, _ = bench.sass_of(compiled).partition("HMMA")
+    asked = 16 * len(re.findall(r"LDG\w*\.E[.\w]*\.128", before))
+    assert product and asked >= inspect(compiled).loop_loads[16]
 
 
 def problems_of(row, dtype, change):
