@@ -3,18 +3,19 @@
 import argparse
 import os
 import sys
+import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bench.assembly import Report, inspect
+from bench.assembly import Report, _tool, inspect
 from std_decode.output import replace_file
 from std_kernels import _tuning
 
 RESULTS = Path(__file__).parent / "results" / "compile.md"
-HEAD_DIMS = (64, 128, 256)
+HEAD_DIMS = (64, 120, 128, 256)  # 120 fills no tile, and rows of it begin at multiples of 8 only
 # How many of the bytes loaded in loops may come in pieces of less than 16, by part of the kernel's
 # name. A row's lse and masks take some; a gather takes a 4-byte index or two for every 16-byte
 # piece; a merge reads little. A tile in 2-byte loads is half of the bytes or all of them, and
@@ -26,8 +27,9 @@ gfx942. No GPU is needed. The exit status is 1 if a kernel
 
   spills registers,
   needs more shared memory than the target has,
-  loads the keys, values or scores in pieces of less than 16 bytes, or
-  runs an fp16 or bf16 matrix product without tensor cores.
+  loads the keys, values or scores in pieces of less than 16 bytes,
+  runs an fp16 or bf16 matrix product without tensor cores, or
+  has its wgmma instructions wait for one another.
 
 float32 products run on plain multiply-adds by intent (tf32 would round their inputs), and are
 only reported, as are spills and loads of the kernels that merge partial results.
@@ -105,14 +107,18 @@ def compile_case(case: Case) -> Result:
     spec = specs_of(case.target, case.dtype, case.row)[case.spec]
     name = spec.kernel.__name__.strip("_").removesuffix("_kernel").removeprefix(f"{case.row.op}_")
     try:
-        found = inspect(compile_spec(spec, case.target))
+        compiled = compile_spec(spec, case.target)
+        found = inspect(compiled)
     except Exception as error:  # a compiler's errors have no common base
         return Result(case, name, None, (f"does not compile: {_last_line(error)}",))
     limit = _tuning.TARGETS[case.target].shared_memory
     # A float32 product is unrolled into multiply-adds and never runs where speed counts.
     checked = case.dtype != "fp32" or found.dots == 0
     narrow = next(share for part, share in MAX_NARROW.items() if part in name)
-    return Result(case, name, found, tuple(judge(found, limit, checked, narrow)))
+    problems = list(judge(found, limit, checked, narrow))
+    if found.matrix == "HGMMA" and serialized(sass_of(compiled)):
+        problems.append("ptxas serialized its wgmma instructions")
+    return Result(case, name, found, tuple(problems))
 
 
 def _last_line(error: Exception) -> str:
@@ -129,6 +135,19 @@ def compile_spec(spec: Any, target: str) -> Any:
     source = ASTSource(spec.kernel, spec.signature, spec.constexprs, spec.attrs)
     options = {"num_warps": spec.num_warps, "num_stages": spec.num_stages}
     return triton.compile(source, target=GPUTarget(backend, arch, warp_size), options=options)
+
+
+def sass_of(compiled: Any) -> str:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        return _tool("nvdisasm", "-c", file.name)
+
+
+def serialized(sass: str) -> bool:
+    """Whether each wgmma waits for the one before: ptxas's C7515, which Triton does not show."""
+    products, waits = sass.count("HGMMA"), sass.count("WARPGROUP.DEPBAR")
+    return products > 2 and waits >= products
 
 
 def judge(report: Report, shared_limit: int, checked: bool, max_narrow: float) -> Iterator[str]:

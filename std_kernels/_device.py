@@ -9,6 +9,9 @@ from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
+from torch import Tensor
+
+from std_kernels._errors import bad_value
 
 INTERPRET = tl.constexpr(bool(triton.knobs.runtime.interpret))
 # Triton compares every global constant of a kernel with its value at compile time at each launch,
@@ -19,6 +22,20 @@ NEG_INF = tl.constexpr(float("-inf"))
 NO_KEY = tl.constexpr(-1.0e30)
 # A partial row is BLOCK_D values, its lse and padding: one buffer, rows aligned to 16 bytes.
 PARTIAL_PAD = 4
+
+
+# A head dim is a multiple of UNIT, and so are the strides of dense rows: all that 16-byte loads of
+# 16-bit values need. Triton looks for multiples of 16 by itself.
+UNIT = 8
+
+
+@triton.jit
+def in_units(stride, UNIT: tl.constexpr):
+    """`stride`, a multiple of UNIT by promise of the launcher, in a form that shows it."""
+    if UNIT == 1:
+        return stride
+    else:
+        return stride // UNIT * UNIT
 
 
 @triton.jit
@@ -115,7 +132,10 @@ def store_partial(partial_ptr, row, keep, acc, top, total, BLOCK_D: tl.constexpr
     tl.store(at + BLOCK_D, lse, mask=keep)
 
 
-@triton.jit(do_not_specialize=["T", "window", "num_splits"])
+@triton.jit(
+    do_not_specialize=["T", "window", "num_splits"],
+    do_not_specialize_on_alignment=["kv_len_ptr", "kv_start_ptr", "sinks_ptr"],
+)
 def merge_kernel(
     partial_ptr,  # [B * Hkv, num_splits, T * G, BLOCK_D + PARTIAL_PAD]
     kv_len_ptr, kv_start_ptr,  # [B] or None: all num_splits hold something; [B] or None
@@ -180,6 +200,31 @@ def merge_kernel(
     tl.store(lse_ptr + at, lse)
 
 
+def query_rows(query: Tensor) -> Tensor:
+    """`query`, copied where its strides are no multiples of UNIT.
+
+    Kernels are told no more about the query's strides: those of a dense tensor change with T, and
+    what is specialised on them would be another kernel for another T.
+    """
+    b, h, t, _ = query.stride()
+    return query.contiguous() if (b | h | t) % UNIT else query
+
+
+def stride_unit(head_dim: int, *caches: Tensor) -> int:
+    """What the strides of key and value are known to be multiples of, where that is not 16."""
+    if head_dim % 16 == 0:
+        return 1
+    strides = (stride for cache in caches for stride in cache.stride()[:3])
+    return 1 if any(stride % UNIT for stride in strides) else UNIT
+
+
+def check_grid(op: str, B: int, Hkv: int) -> None:
+    """Raises where a grid's last dimension, which counts B * Hkv, would be beyond CUDA's limit."""
+    if B * Hkv > 65535:
+        remedy = "pass the batch in several calls"
+        raise bad_value(op, "key", f"has B * Hkv = {B * Hkv}", "at most 65535 on a GPU", remedy)
+
+
 def padded(head_dim: int) -> int:
     """The tile's head dim: a power of two that a matrix instruction takes."""
     return max(16, triton.next_power_of_2(head_dim))
@@ -208,8 +253,9 @@ def aot_spec(
     Args:
         kernel: a `triton.jit` function.
         types: Triton type of every run-time argument, "*bf16", "i32", "fp32" and so on. Pointers
-            and arguments named stride_* are declared divisible by 16: without that the loads come
-            out 2 bytes wide, which says nothing about a launch.
+            and arguments named stride_* are declared divisible by 16 where the kernel asks for
+            that and the head dim is: without it the loads come out 2 bytes wide, which says
+            nothing about a launch.
         constexprs: the value of every other argument, None included.
         num_warps, num_stages: of the table's row.
     """
@@ -217,9 +263,14 @@ def aot_spec(
     if missing := set(names) ^ {*types, *constexprs}:
         raise ValueError(f"{kernel.__name__}: not described, or unknown: {sorted(missing)}")
     signature = {name: types.get(name, "constexpr") for name in names}
+    rows_of_16 = constexprs.get("D", 16) % 16 == 0
     attrs: dict[tuple[int, ...], list[list[Any]]] = {
         (i,): [["tt.divisibility", 16]]
-        for i, name in enumerate(names)
-        if signature[name].startswith("*") or (name.startswith("stride_") and name in types)
+        for i, (name, parameter) in enumerate(zip(names, kernel.params, strict=True))
+        if not (parameter.do_not_specialize or parameter.do_not_specialize_on_alignment)
+        and (
+            signature[name].startswith("*")
+            or (name.startswith("stride_") and name in types and rows_of_16)
+        )
     }
     return Spec(kernel, signature, constexprs, attrs, num_warps, num_stages)

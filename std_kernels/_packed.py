@@ -101,6 +101,17 @@ def logits(rows: Tensor, keys: Tensor, scale: float, softcap: float | None) -> T
     return product if softcap is None else product.div_(softcap).tanh_().mul_(softcap)
 
 
+def ranges(
+    kv_len: Tensor, kv_start: Tensor | None, T: int, window: int | None
+) -> list[tuple[int, int]]:
+    """First key any query of the row sees and one past the last; high <= low if none."""
+    highs = kv_len.tolist()
+    lows = [0] * len(highs) if kv_start is None else kv_start.tolist()
+    if window is not None:
+        lows = [max(low, high - T - window + 1) for low, high in zip(lows, highs, strict=True)]
+    return list(zip(lows, highs, strict=True))
+
+
 def unpack(query: Tensor, out: Tensor, lse: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
     """Packed results in the caller's shape, with the sinks' share taken out of the values."""
     out = out.reshape(query.shape).contiguous()

@@ -22,10 +22,14 @@ from std_kernels._device import (
     Spec,
     aot_spec,
     base2_logits,
+    check_grid,
     dot,
+    in_units,
     logit_scales,
     online_softmax,
     padded,
+    query_rows,
+    stride_unit,
 )
 
 _MERGE_ROWS = 128
@@ -61,7 +65,12 @@ def _load_tile(
     return tl.load(base_ptr + at[:, None] + d, mask=mask, other=0.0)
 
 
-@triton.jit(do_not_specialize=["W", "num_splits"])
+@triton.jit(
+    do_not_specialize=[
+        *("W", "num_splits", "stride_query_b", "stride_query_h", "stride_query_w"),
+    ],
+    do_not_specialize_on_alignment=["kv_len_ptr", "kv_start_ptr", "num_queries_ptr"],
+)
 def _score_keys_lse_kernel(
     query_ptr, key_ptr,  # [B, Hq, W, D], [B, Hkv, N, D]
     kv_len_ptr, kv_start_ptr, num_queries_ptr,  # [B], [B] or None, [B] or None
@@ -72,6 +81,7 @@ def _score_keys_lse_kernel(
     scale, softcap,
     HKV: tl.constexpr, G: tl.constexpr, D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, SPLIT: tl.constexpr,
+    UNIT: tl.constexpr,
 ):  # fmt: skip
     """Grid (tiles of rows, num_splits, B * Hkv): one split's lse of BLOCK_M rows."""
     tile = tl.program_id(0)
@@ -88,9 +98,11 @@ def _score_keys_lse_kernel(
     r = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     w = r // G
     counted = (w >= first) & (w < W)
-    at = b * stride_query_b + (h * G + r % G) * stride_query_h + w.to(tl.int64) * stride_query_w
+    at = (h * G + r % G) * in_units(stride_query_h, 8)
+    at += b * in_units(stride_query_b, 8) + w.to(tl.int64) * in_units(stride_query_w, 8)
     rows = _load_tile(query_ptr, at, counted, D, BLOCK_D)  # [BLOCK_M, BLOCK_D]
-    key_ptr += b * stride_key_b + h * stride_key_h
+    key_ptr += b * in_units(stride_key_b, UNIT) + h * in_units(stride_key_h, UNIT)
+    stride_key_n = in_units(stride_key_n, UNIT)
     top = tl.full((BLOCK_M,), NO_KEY, tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     for n0 in tl.range(start, stop, BLOCK_N):
@@ -106,7 +118,10 @@ def _score_keys_lse_kernel(
     tl.store(partial_ptr + (bh * num_splits + split) * (W * G) + r, lse, mask=counted)
 
 
-@triton.jit(do_not_specialize=["W", "num_splits"])
+@triton.jit(
+    do_not_specialize=["W", "num_splits"],
+    do_not_specialize_on_alignment=["kv_len_ptr", "kv_start_ptr", "num_queries_ptr", "sinks_ptr"],
+)
 def _score_keys_merge_kernel(
     partial_ptr, lse_ptr,  # [B * Hkv, num_splits, W * G], [B * Hkv, W * G], base 2
     kv_len_ptr, kv_start_ptr, num_queries_ptr, sinks_ptr,  # [B], 2 [B] or None, [Hq] or None
@@ -135,7 +150,10 @@ def _score_keys_merge_kernel(
     tl.store(lse_ptr + bh * (W * G) + r, lse, mask=r < W * G)
 
 
-@triton.jit(do_not_specialize=["W"])
+@triton.jit(
+    do_not_specialize=["W", "stride_query_b", "stride_query_h", "stride_query_w"],
+    do_not_specialize_on_alignment=["kv_len_ptr", "kv_start_ptr", "num_queries_ptr"],
+)
 def _score_keys_column_kernel(
     query_ptr, key_ptr,  # [B, Hq, W, D], [B, Hkv, N, D]
     kv_len_ptr, kv_start_ptr, num_queries_ptr,  # [B], [B] or None, [B] or None
@@ -145,7 +163,7 @@ def _score_keys_column_kernel(
     W, N,
     scale, softcap,
     HKV: tl.constexpr, G: tl.constexpr, D: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """Grid (tiles of keys, B * Hkv): the mean probability of BLOCK_N keys over all rows."""
     tile = tl.program_id(0)
@@ -156,9 +174,12 @@ def _score_keys_column_kernel(
     shares = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     if (tile * BLOCK_N < high) & (tile * BLOCK_N + BLOCK_N > low):
         valid = (n >= low) & (n < high)
-        key_ptr += b * stride_key_b + h * stride_key_h
+        key_ptr += b * in_units(stride_key_b, UNIT) + h * in_units(stride_key_h, UNIT)
+        stride_key_n = in_units(stride_key_n, UNIT)
         keys = _load_tile(key_ptr, n.to(tl.int64) * stride_key_n, valid, D, BLOCK_D)
-        query_ptr += b * stride_query_b + h * G * stride_query_h
+        stride_query_h = in_units(stride_query_h, 8)
+        stride_query_w = in_units(stride_query_w, 8)
+        query_ptr += b * in_units(stride_query_b, 8) + h * G * stride_query_h
         for r0 in tl.range(first * G // BLOCK_M * BLOCK_M, W * G, BLOCK_M):
             r = r0 + tl.arange(0, BLOCK_M)
             w = r // G
@@ -192,6 +213,7 @@ def score_keys(
     scores = key.new_empty((B, Hkv, N), dtype=torch.float32)
     if scores.numel() == 0:
         return scores
+    check_grid("score_keys", B, Hkv)
     arch, precision = _tuning.arch_of(query.device), _tuning.precision(query.dtype)
     partly = _tuning.config("score_keys", "lse", arch, precision, D, N)
     column = _tuning.config("score_keys", "column", arch, precision, D, N)
@@ -199,9 +221,11 @@ def score_keys(
     partial = key.new_empty((B * Hkv, splits, W * G), dtype=torch.float32)
     lse = key.new_empty((B * Hkv, W * G), dtype=torch.float32)
     ranges = kv_len, kv_start, num_queries
+    query = query_rows(query)
     strides = (*query.stride()[:3], *key.stride()[:3])
     scales = logit_scales(scale, softcap)
     sizes: dict[str, Any] = {"HKV": Hkv, "G": G, "D": D, "BLOCK_D": padded(D)}
+    sizes["UNIT"] = stride_unit(D, key)
 
     _score_keys_lse_kernel[(triton.cdiv(W * G, partly.block_m), splits, B * Hkv)](
         query, key, *ranges, partial, *strides, W, splits, *scales, **sizes,
@@ -236,6 +260,7 @@ def aot_specs(arch: str, dtype: str, row: _tuning.Row) -> list[Spec]:
         **shape,
         "D": row.head_dim,
         "BLOCK_D": padded(row.head_dim),
+        "UNIT": 8 if row.head_dim % 16 else 1,
         "BLOCK_M": row.block_m,
         "BLOCK_N": row.block_n,
     }

@@ -21,12 +21,16 @@ from std_kernels._device import (
     aot_spec,
     base2_logits,
     cast,
+    check_grid,
     dot,
+    in_units,
     logit_scales,
     merge_kernel,
     online_softmax,
     padded,
+    query_rows,
     store_partial,
+    stride_unit,
 )
 from std_kernels._tuning import Row, arch_of, config, precision
 
@@ -35,7 +39,14 @@ MERGED_AT_ONCE = 16
 _TAIL_AT_ONCE = 512
 
 
-@triton.jit(do_not_specialize=["T", "K", "list_splits", "tail_splits"])
+@triton.jit(
+    do_not_specialize=[
+        *("T", "K", "list_splits", "tail_splits"),
+        *("stride_query_b", "stride_query_h", "stride_query_t"),
+        *("stride_indices_b", "stride_indices_h"),
+    ],
+    do_not_specialize_on_alignment=["indices_ptr", "tail_start_ptr", "kv_len_ptr"],
+)
 def _sparse_split_kernel(
     query_ptr,  # [B, Hq, T, D]
     key_ptr, value_ptr,  # [B, Hkv, N, D]
@@ -50,12 +61,23 @@ def _sparse_split_kernel(
     scale, softcap,  # from logit_scales
     HKV: tl.constexpr, G: tl.constexpr, D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, SPLIT: tl.constexpr,
+    UNIT: tl.constexpr,
 ):  # fmt: skip
     s, bh = tl.program_id(1), tl.program_id(2).to(tl.int64)
     b, h = bh // HKV, bh % HKV
     r = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     t, g = r // G, r % G
     row = (bh * tl.num_programs(1) + s) * (T * G) + r
+    # Asked for before the lengths are there: where there is little to read, waits are what counts.
+    d = tl.arange(0, BLOCK_D)
+    stride_query_h = in_units(stride_query_h, 8)
+    at = t.to(tl.int64) * in_units(stride_query_t, 8) + g.to(tl.int64) * stride_query_h
+    at += b * in_units(stride_query_b, 8) + h * G * stride_query_h
+    query = tl.load(
+        query_ptr + at[:, None] + d[None, :],
+        mask=(t < T)[:, None] & (d < D)[None, :],
+        other=0.0,
+    )  # [BLOCK_M, BLOCK_D]
     tail_start = tl.maximum(tl.load(tail_start_ptr + b), 0)
     kv_len = tl.load(kv_len_ptr + b)
     is_list = s < list_splits
@@ -70,16 +92,11 @@ def _sparse_split_kernel(
         store_partial(partial_ptr, row, t < T, acc, top, total, BLOCK_D)
         return
 
-    d = tl.arange(0, BLOCK_D)
-    at = t.to(tl.int64) * stride_query_t + g.to(tl.int64) * stride_query_h
-    query = tl.load(
-        query_ptr + b * stride_query_b + h * G * stride_query_h + at[:, None] + d[None, :],
-        mask=(t < T)[:, None] & (d < D)[None, :],
-        other=0.0,
-    )  # [BLOCK_M, BLOCK_D]
     position = kv_len - T + t
-    key_ptr += b * stride_key_b + h * stride_key_h
-    value_ptr += b * stride_value_b + h * stride_value_h
+    key_ptr += b * in_units(stride_key_b, UNIT) + h * in_units(stride_key_h, UNIT)
+    value_ptr += b * in_units(stride_value_b, UNIT) + h * in_units(stride_value_h, UNIT)
+    stride_key_n = in_units(stride_key_n, UNIT)
+    stride_value_n = in_units(stride_value_n, UNIT)
     indices_ptr += b * stride_indices_b + h * stride_indices_h
     for e0 in tl.range(first, last, step):
         e = e0 + tl.arange(0, BLOCK_N)
@@ -121,6 +138,7 @@ def sparse_attention(
     B, Hq, T, D = query.shape
     _, Hkv, N, _ = key.shape
     K = indices.shape[2]
+    query = query_rows(query)
     grid, merge_grid, partial_size, sizes, options, merge_options = _plan(
         query.device, query.dtype, B, Hq, Hkv, T, D, N, K
     )
@@ -134,7 +152,7 @@ def sparse_attention(
         _sparse_split_kernel[grid](
             query, key, value, indices, tail_start, kv_len, partial,
             *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *indices.stride()[:2],
-            T, K, *sizes, scale, softcap, **options,
+            T, K, *sizes, scale, softcap, **options, UNIT=stride_unit(D, key, value),
         )  # fmt: skip
     merge_kernel[merge_grid](
         partial, None, None, sinks, out, lse, T, None, grid[1], **merge_options
@@ -155,6 +173,7 @@ def _plan(
     K: int,
 ) -> tuple[tuple, tuple, int, tuple[int, int], dict[str, Any], dict[str, Any]]:
     """Everything a launch needs that follows from shapes."""
+    check_grid("sparse_attention", B, Hkv)
     G, block_d = Hq // Hkv, padded(D)
     kernel = "few rows" if T * G <= 16 else "many rows"
     # The more KV heads there are to fill the GPU with, the longer the splits.
@@ -179,8 +198,9 @@ def _plan(
 def aot_specs(arch: str, dtype: str, row: Row) -> list[Spec]:
     """The plain op, one with softcap, and the merge."""
     half, tile = f"*{dtype}", row.config()
-    shared = dict(HKV=4, G=7, D=row.head_dim, BLOCK_D=row.head_dim, SPLIT=tile.split)
-    sizes = dict(BLOCK_M=tile.block_m, BLOCK_N=tile.block_n)
+    shared = dict(HKV=4, G=7, D=row.head_dim, BLOCK_D=padded(row.head_dim), SPLIT=tile.split)
+    unit = 8 if row.head_dim % 16 else 1
+    sizes = dict(BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, UNIT=unit)
     strides = ["stride_query_b", "stride_query_h", "stride_query_t"]
     strides += [f"stride_{x}_{i}" for x in ("key", "value") for i in "bhn"]
     strides += ["stride_indices_b", "stride_indices_h"]

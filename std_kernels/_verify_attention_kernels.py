@@ -5,9 +5,10 @@ token r // G of head r % G of its group. Bytes moved: K and V of the visible key
 split and query row one float32 row of D + 4 that the merge reads back.
 
 A row's result does not depend on T or on the batch, bit for bit: tiles and splits are fixed by
-(device, dtype, D, N) and stand at absolute positions; no argument that varies with T is
-specialised; the loop over keys is not peeled, so that every tile takes the same instructions; a
-tile in which a row sees nothing leaves its bits alone; and splits are merged in ascending order.
+(device, dtype, D, N) and stand at absolute positions; no argument that varies with T, or with
+where in a batch a row stands, is specialised; the loop over keys is not peeled, so that every tile
+takes the same instructions; a tile in which a row sees nothing leaves its bits alone; and splits
+are merged in ascending order.
 """
 
 from functools import lru_cache
@@ -24,12 +25,16 @@ from std_kernels._device import (
     aot_spec,
     base2_logits,
     cast,
+    check_grid,
     dot,
+    in_units,
     logit_scales,
     merge_kernel,
     online_softmax,
     padded,
+    query_rows,
     store_partial,
+    stride_unit,
     visible_range,
 )
 from std_kernels._tuning import Row, arch_of, config, precision
@@ -37,7 +42,13 @@ from std_kernels._tuning import Row, arch_of, config, precision
 MERGED_AT_ONCE = 16
 
 
-@triton.jit(do_not_specialize=["T", "window", "num_splits"])
+@triton.jit(
+    do_not_specialize=[
+        *("T", "window", "num_splits"),
+        *("stride_query_b", "stride_query_h", "stride_query_t"),
+    ],
+    do_not_specialize_on_alignment=["kv_len_ptr", "kv_start_ptr", "score_lse_ptr"],
+)
 def _verify_split_kernel(
     query_ptr,  # [B, Hq, T, D]
     key_ptr, value_ptr,  # [B, Hkv, N, D]
@@ -52,6 +63,7 @@ def _verify_split_kernel(
     scale, softcap,  # from logit_scales
     HKV: tl.constexpr, G: tl.constexpr, D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, SPLIT: tl.constexpr,
+    UNIT: tl.constexpr,
 ):  # fmt: skip
     # Row tiles are neighbours in launch order: the second finds the keys in L2.
     tile, bh = tl.program_id(0), tl.program_id(2).to(tl.int64)
@@ -66,23 +78,27 @@ def _verify_split_kernel(
     if scores_ptr is not None:
         scores_ptr += (tile * tl.num_programs(2) + bh) * N
         for n0 in tl.range(low, tl.minimum(low + SPLIT, N), BLOCK_N):
-            if (n0 + BLOCK_N <= start) | (n0 >= stop):
+            if (n0 + BLOCK_N <= start) | (n0 >= stop) | (start >= stop):
                 tl.store(scores_ptr + n0 + o, tl.zeros([BLOCK_N], tl.float32), mask=n0 + o < N)
-    if (low >= stop) | (low + SPLIT <= start):
+    if (low >= stop) | (low + SPLIT <= start) | (start >= stop):
         return
 
     r = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     t, g = r // G, r % G
     d = tl.arange(0, BLOCK_D)
-    at = t.to(tl.int64) * stride_query_t + g.to(tl.int64) * stride_query_h
+    stride_query_h = in_units(stride_query_h, 8)
+    at = t.to(tl.int64) * in_units(stride_query_t, 8) + g.to(tl.int64) * stride_query_h
+    at += b * in_units(stride_query_b, 8) + h * G * stride_query_h
     query = tl.load(
-        query_ptr + b * stride_query_b + h * G * stride_query_h + at[:, None] + d[None, :],
+        query_ptr + at[:, None] + d[None, :],
         mask=(t < T)[:, None] & (d < D)[None, :],
         other=0.0,
     )  # [BLOCK_M, BLOCK_D]
     position = stop - T + t
-    key_ptr += b * stride_key_b + h * stride_key_h
-    value_ptr += b * stride_value_b + h * stride_value_h
+    key_ptr += b * in_units(stride_key_b, UNIT) + h * in_units(stride_key_h, UNIT)
+    value_ptr += b * in_units(stride_value_b, UNIT) + h * in_units(stride_value_h, UNIT)
+    stride_key_n = in_units(stride_key_n, UNIT)
+    stride_value_n = in_units(stride_value_n, UNIT)
     if scores_ptr is not None:
         at = (bh * G + g) * T + t
         cut = tl.load(score_lse_ptr + at, mask=t < T, other=float("inf")) * 1.4426950408889634
@@ -92,7 +108,13 @@ def _verify_split_kernel(
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     first = tl.maximum(low, start // BLOCK_N * BLOCK_N)
-    for n0 in tl.range(first, tl.minimum(low + SPLIT, stop), BLOCK_N):
+    last = tl.minimum(low + SPLIT, stop)
+    # Were the loop passed by, acc would get a value on the way to the last wait for a product, and
+    # ptxas then has every wgmma of the loop wait for the one before. Where there are scores it
+    # does not, and to say it costs registers: 121 spills on sm_100 at D = 128.
+    if scores_ptr is None:
+        tl.assume(first < last)
+    for n0 in tl.range(first, last, BLOCK_N):
         n = n0 + o
         valid = (n >= start) & (n < stop)
         key = tl.load(
@@ -172,6 +194,7 @@ def _launch(
     """Out, lse and, with `score_lse`, the scores of every row tile [row tiles, B, Hkv, N]."""
     B, Hq, T, D = query.shape
     _, Hkv, N, _ = key.shape
+    query = query_rows(query)
     grid, merge_grid, partial_size, options, merge_options = _plan(
         query.device, query.dtype, B, Hq, Hkv, T, D, N, None if score_lse is not None else window
     )
@@ -189,7 +212,7 @@ def _launch(
         _verify_split_kernel[grid](
             query, key, value, kv_len, kv_start, score_lse, partial, scores,
             *query.stride()[:3], *key.stride()[:3], *value.stride()[:3],
-            T, N, window, grid[1], scale, softcap, **options,
+            T, N, window, grid[1], scale, softcap, **options, UNIT=stride_unit(D, key, value),
         )  # fmt: skip
     merge_kernel[merge_grid](
         partial, kv_len, kv_start, sinks, out, lse, T, window, grid[1], **merge_options
@@ -210,6 +233,7 @@ def _plan(
     window: int | None,
 ) -> tuple[tuple, tuple, int, dict[str, Any], dict[str, Any]]:
     """Everything a launch needs that follows from shapes: a decoder has few, and asks often."""
+    check_grid("verify_attention", B, Hkv)
     row = config("verify_attention", "split", arch_of(device), precision(dtype), D, N)
     G, block_d = Hq // Hkv, padded(D)
     num_splits = -(-N // row.split)
@@ -233,8 +257,9 @@ def _plan(
 def aot_specs(arch: str, dtype: str, row: Row) -> list[Spec]:
     """The plain op, the op with scores, one with every option, and the merge."""
     half, tile = f"*{dtype}", row.config()
-    shared = dict(HKV=4, G=7, D=row.head_dim, BLOCK_D=row.head_dim, SPLIT=tile.split)
-    sizes = dict(BLOCK_M=tile.block_m, BLOCK_N=tile.block_n)
+    shared = dict(HKV=4, G=7, D=row.head_dim, BLOCK_D=padded(row.head_dim), SPLIT=tile.split)
+    unit = 8 if row.head_dim % 16 else 1
+    sizes = dict(BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, UNIT=unit)
     strides = [f"stride_{x}" for x in ("query_b", "query_h", "query_t")]
     strides += [f"stride_{x}_{i}" for x in ("key", "value") for i in "bhn"]
     types = dict.fromkeys(strides, "i32") | dict.fromkeys(("T", "N", "num_splits"), "i32")

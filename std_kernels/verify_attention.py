@@ -12,7 +12,7 @@ rows of a KV head, and 4 bytes of score a key and KV head.
 import torch
 from torch import Tensor
 
-from std_kernels import cpu
+from std_kernels import cpu_verify
 from std_kernels._checks import check_no_grad, check_options, check_query_key, check_tensor
 from std_kernels._errors import bad_type, bad_value
 from std_kernels._library import register
@@ -33,7 +33,7 @@ def _fake_with_scores(query, key, value, kv_len, score_lse, *options):
 _VERIFY = register(
     "verify_attention(Tensor query, Tensor key, Tensor value, Tensor kv_len, Tensor? kv_start, "
     "SymInt? window, float scale, float? softcap, Tensor? sinks) -> (Tensor, Tensor)",
-    cpu.verify_attention,
+    cpu_verify.verify_attention,
     _fake,
     _KERNELS,
 )
@@ -41,7 +41,7 @@ _VERIFY_WITH_SCORES = register(
     "verify_attention_with_scores(Tensor query, Tensor key, Tensor value, Tensor kv_len, "
     "Tensor score_lse, Tensor? kv_start, SymInt? window, float scale, float? softcap, "
     "Tensor? sinks) -> (Tensor, Tensor, Tensor)",
-    cpu.verify_attention_with_scores,
+    cpu_verify.verify_attention_with_scores,
     _fake_with_scores,
     _KERNELS,
 )

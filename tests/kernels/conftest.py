@@ -31,6 +31,8 @@ def _lay_out(tensor: Tensor, layout: str) -> Tensor:
         wide = tensor.new_full((*tensor.shape[:-1], tensor.shape[-1] + 24), NAN)
         wide[..., 8:-16] = tensor
         return wide[..., 8:-16]
+    if layout == "odd_rows":
+        return torch.nn.functional.pad(tensor, (0, 3), value=NAN)[..., :-3]
     if layout == "odd_strides":
         return tensor.new_full((3, 2, *tensor.shape), NAN).copy_(tensor)[1, 1]
     return tensor
@@ -95,12 +97,12 @@ def assert_accurate() -> Callable[..., None]:
 @pytest.fixture(scope="session")
 def small_chunks() -> Callable[[pytest.MonkeyPatch], None]:
     """Makes the CPU path split its work as it would at a thousand times the size."""
-    from std_kernels import _packed, cpu
+    from std_kernels import _packed, cpu, cpu_verify
 
     def shrink(monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(cpu, "MAX_LOGITS", 20)
-        monkeypatch.setattr(_packed, "MAX_LOGITS", 20)
-        monkeypatch.setattr(cpu, "_MAX_BIAS", 20)
+        for module in (_packed, cpu, cpu_verify):
+            monkeypatch.setattr(module, "MAX_LOGITS", 20)
+        monkeypatch.setattr(cpu_verify, "_MAX_BIAS", 20)
 
     return shrink
 

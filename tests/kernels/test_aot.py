@@ -1,6 +1,7 @@
 """Kernels compiled for GPUs that are not there, and the checker of what comes out."""
 
 import os
+import re
 
 import pytest
 
@@ -34,6 +35,28 @@ def test_kernels_compile_well(case):
     assert not result.problems
     assert result.report.registers > 0
     assert bool(result.report.dots) == bool(result.report.matrix)
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize("op", [op for op in OPS if op != "select_topk"])
+def test_rows_that_begin_at_multiples_of_8_are_read_16_bytes_at_a_time(op):
+    case = next(case for case in bench.cases(["sm_90"], [op]) if case.row.head_dim == 120)
+    assert not bench.compile_case(case).problems
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+def test_a_draft_asks_for_keys_and_values_at_once(target):
+    """Before the first product, that is: one trip to memory instead of two."""
+    row = next(
+        row
+        for row in bench.reachable_rows(target)
+        if (row.op, row.kernel, row.head_dim) == ("sparse_attention", "few rows", 128)
+    )
+    compiled = bench.compile_spec(bench.specs_of(target, "bf16", row)[0], target)
+    before, product, _ = bench.sass_of(compiled).partition("HMMA")
+    asked = 16 * len(re.findall(r"LDG\w*\.E[.\w]*\.128", before))
+    assert product and asked >= inspect(compiled).loop_loads[16]
 
 
 def problems_of(row, dtype, change):
@@ -92,6 +115,13 @@ def test_judge(change, complaint):
     assert list(bench.judge(GOOD, 2000, True, 0.25)) == []
     (found,) = bench.judge(Report(**{**vars(GOOD), **change}), 2000, True, 0.25)
     assert complaint in found
+
+
+def test_products_that_wait_for_each_other_are_found():
+    product, wait = "HGMMA.64x64x16.F32.BF16 R24 ;\n", "WARPGROUP.DEPBAR.LE gsb0, 0x0 ;\n"
+    assert bench.serialized(4 * (product + wait))
+    assert not bench.serialized(4 * product + wait)
+    assert not bench.serialized("")
 
 
 def test_judge_reports_float32_and_merges_only():

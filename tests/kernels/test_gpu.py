@@ -58,10 +58,11 @@ SHAPES = [
     (real(8193, 49), 256, 2, 3, BF16),
     (real(4097, 33), 96, 16, 4, FP16),
     (real(5000, 50), 80, 4, 2, BF16),
+    (real(3001, 45), 120, 3, 3, BF16),
     (real(2048, 60), 32, 1, 64, FP32),
     (real(1 << 20, 100), 64, 2, 1, BF16),
 ]
-SOME = [SHAPES[0], SHAPES[1], SHAPES[3]]
+SOME = [SHAPES[0], SHAPES[1], SHAPES[3], SHAPES[5]]
 NAMES = "N, D, G, T, dtype"
 
 

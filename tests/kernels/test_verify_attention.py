@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import std_kernels as sk
-from std_kernels import _packed, cpu, reference
+from std_kernels import _packed, cpu_verify, reference
 
 INF, NAN = float("inf"), float("nan")
 SINKS = torch.tensor([0.5, -1.0, 3.0, 0.0, 2.0, -4.0, 1.0, 6.0])
@@ -57,7 +57,7 @@ def test_options(make_cache, assert_accurate, options, T):
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_past_and_own_keys_apart(make_cache, assert_accurate, monkeypatch, options, chunk):
     """As the CPU path does it for long caches; the last row has no past."""
-    monkeypatch.setattr(cpu, "_LONG", 0)
+    monkeypatch.setattr(cpu_verify, "_LONG", 0)
     monkeypatch.setattr(_packed, "MAX_LOGITS", chunk)
     cache = make_cache([96, 61, 40, 24], [0, 3, 31, 19], T=5)
     check(cache, assert_accurate, **options)

@@ -69,10 +69,12 @@ def test_shapes(small_cache, assert_accurate, dtype, D, G, W):
     check(small_cache([150], D=D, G=G, T=W, N=151, dtype=dtype), assert_accurate)
 
 
-@pytest.mark.parametrize("D", [24, 40, 96])
-def test_head_dims_that_fill_no_tile(small_cache, assert_accurate, D):
+@pytest.mark.parametrize(
+    "D, layout", [(24, "odd_rows"), (24, "heads_first"), (40, "padded_rows"), (96, "padded_rows")]
+)
+def test_head_dims_that_fill_no_tile(small_cache, assert_accurate, D, layout):
     # What lies beyond D in memory is the next row, or NaN.
-    check(small_cache([60], D=D, G=2, T=2, layout="padded_rows"), assert_accurate)
+    check(small_cache([60], D=D, G=2, T=2, layout=layout), assert_accurate)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -80,7 +82,7 @@ def test_softcap_and_sinks_in_half_precision(small_cache, assert_accurate, dtype
     check(small_cache([70], [9], dtype=dtype), assert_accurate, softcap=3.0, sinks=SINKS)
 
 
-@pytest.mark.parametrize("layout", ["tokens_first", "padded_rows", "odd_strides"])
+@pytest.mark.parametrize("layout", ["tokens_first", "padded_rows", "odd_rows", "odd_strides"])
 def test_strided_views(make_cache, assert_accurate, layout):
     check(make_cache([60, 17], [2, 0], layout=layout, G=2, D=16), assert_accurate)
 

@@ -90,9 +90,11 @@ def test_shapes(small_cache, assert_accurate, dtype, D, G, T):
     check(cache, *select(cache, [80], 33), assert_accurate)
 
 
-@pytest.mark.parametrize("D", [24, 96])
-def test_head_dims_that_fill_no_tile(small_cache, assert_accurate, D):
-    cache = small_cache([60], D=D, G=2, T=2, layout="padded_rows")
+@pytest.mark.parametrize(
+    "D, layout", [(24, "odd_rows"), (24, "heads_first"), (24, "padded_rows"), (96, "padded_rows")]
+)
+def test_head_dims_that_fill_no_tile(small_cache, assert_accurate, D, layout):
+    cache = small_cache([60], D=D, G=2, T=2, layout=layout)
     check(cache, *select(cache, [40], 9), assert_accurate)
 
 
@@ -120,7 +122,7 @@ def test_many_splits_merge_in_blocks(small_cache, assert_accurate, merge_two_at_
     check(cache, *select(cache, [200, 240], 90, 5), assert_accurate)
 
 
-@pytest.mark.parametrize("layout", ["tokens_first", "padded_rows", "odd_strides"])
+@pytest.mark.parametrize("layout", ["tokens_first", "padded_rows", "odd_rows", "odd_strides"])
 def test_strided_views(make_cache, assert_accurate, layout):
     cache = make_cache([50, 47], layout=layout, G=2, D=16, T=2)
     indices, start = select(cache, [45, 42], 24, 3)

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 import std_kernels as sk
 from std_kernels import _verify_attention_kernels as kernels
-from std_kernels import cpu, reference
+from std_kernels import cpu_verify, reference
 
 INF, NAN = float("inf"), float("nan")
 SINKS = torch.tensor([0.5, -1.0, 3.0, 6.0])
@@ -56,7 +56,7 @@ def small_cache(make_cache):
 def test_the_kernels_run(small_cache, monkeypatch):
     calls = []
     for name in ("verify_attention", "verify_attention_with_scores"):
-        monkeypatch.setattr(cpu, name, None)
+        monkeypatch.setattr(cpu_verify, name, None)
         launcher = getattr(kernels, name)
         monkeypatch.setattr(kernels, name, lambda *a, f=launcher: calls.append(f) or f(*a))
     cache = small_cache([5], N=9, T=1)
@@ -80,10 +80,12 @@ def test_shapes(small_cache, assert_accurate, dtype, D, G, T):
     check(small_cache([150], D=D, G=G, T=T, N=151, dtype=dtype), assert_accurate)
 
 
-@pytest.mark.parametrize("D", [24, 40, 96])
-def test_head_dims_that_fill_no_tile(small_cache, assert_accurate, D):
+@pytest.mark.parametrize(
+    "D, layout", [(24, "odd_rows"), (24, "heads_first"), (40, "padded_rows"), (96, "padded_rows")]
+)
+def test_head_dims_that_fill_no_tile(small_cache, assert_accurate, D, layout):
     # What lies beyond D in memory is the next row, or NaN.
-    check(small_cache([60], D=D, G=2, T=2, layout="padded_rows"), assert_accurate)
+    check(small_cache([60], D=D, G=2, T=2, layout=layout), assert_accurate)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -95,7 +97,7 @@ def test_64_queries(small_cache, assert_accurate):
     check(small_cache([70], T=64, G=2, N=70), assert_accurate)
 
 
-@pytest.mark.parametrize("layout", ["tokens_first", "padded_rows", "odd_strides"])
+@pytest.mark.parametrize("layout", ["tokens_first", "padded_rows", "odd_rows", "odd_strides"])
 def test_strided_views(make_cache, assert_accurate, layout):
     check(make_cache([60, 17], [2, 0], layout=layout, G=2, D=16), assert_accurate)
 
