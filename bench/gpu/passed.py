@@ -13,11 +13,17 @@ from bench.records import line_of, read
 
 JOURNAL = "STD_TEST_JOURNAL"  # the file, in the environment
 MOST = 6000  # characters of a traceback that are kept: its end
+_notes = True  # of the processes of pytest-xdist only the one that the others report to
 
 
 def tests_of(records: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """The last record of each test."""
     return {record["test"]: record for record in records if record.get("kind") == "test"}
+
+
+def pytest_configure(config: Any) -> None:
+    global _notes
+    _notes = not hasattr(config, "workerinput")
 
 
 def pytest_collection_modifyitems(config: Any, items: list[Any]) -> None:
@@ -30,14 +36,12 @@ def pytest_collection_modifyitems(config: Any, items: list[Any]) -> None:
 
 
 def pytest_runtest_logreport(report: Any) -> None:
-    # Of the processes of pytest-xdist, the one that the others report to.
-    if "PYTEST_XDIST_WORKER" in os.environ or report.when != "call" and report.passed:
-        return
-    _note(report.nodeid, report.outcome, report)
+    if _notes and (report.when == "call" or not report.passed):
+        _note(report.nodeid, report.outcome, report)
 
 
 def pytest_collectreport(report: Any) -> None:
-    if "PYTEST_XDIST_WORKER" not in os.environ and report.failed:
+    if _notes and report.failed:
         _note(report.nodeid, "failed", report)
 
 

@@ -95,10 +95,10 @@ def test_what_is_not_right_or_does_not_compile_is_never_taken():
     def time(row, point):
         tile = search.tile_of(row)
         assert tile != spilling
-        return math.inf if tile == wrong else 0.5 if tile == (16, 32, 4, 2) else 1.0
+        return math.inf if tile == wrong else 0.5 if tile == (16, 32, 4, 1) else 1.0
 
     choice, _, _ = sweep(subject, time, judge=judge)
-    assert search.tile_of(choice.row) == (16, 32, 4, 2) and choice.gain == pytest.approx(2)
+    assert search.tile_of(choice.row) == (16, 32, 4, 1) and choice.gain == pytest.approx(2)
     assert any(search.tile_of(row) == spilling for row in judged)
     # A present row that is wrong is replaced by any that is right.
     present = search.present_row(subject, "sm_90")
