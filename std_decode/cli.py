@@ -201,7 +201,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("std-decode: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:  # `std-decode generate | head -1`
-        _drop_output()
+        drop_output()
         return 0
     except SystemExit:  # rich's way to end where nobody reads on: `std-decode demo | head -1`
         return 141
@@ -209,11 +209,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         if error.errno not in _FULL:
             raise
         print(f"std-decode: the output cannot be written: {error.strerror}", file=sys.stderr)
-        _drop_output()
+        drop_output()
         return 2
 
 
-def _drop_output() -> None:
+def drop_output() -> None:
     """What is left of stdout goes nowhere, or Python would fail to write it in the end."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 

@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
-from std_decode.cli import BadInput
+from std_decode.cli import BadInput, drop_output
 from std_decode.demo.video import VideoError
 from std_decode.inputs import InputError, auto_class, load_model as load_whole, one_line
 
@@ -151,7 +151,7 @@ def _tell(error: BaseException, place: Place) -> int:
         print(f"{where}: interrupted", file=sys.stderr)
         return 130
     if isinstance(error, BrokenPipeError):  # nobody reads the answer any more
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        drop_output()
         return 1
     first = next(iter(str(error).strip().splitlines()), "")
     if isinstance(error, dist.DistError) or "gloo" in first or "NCCL" in first:

@@ -39,6 +39,21 @@ def in_units(stride, UNIT: tl.constexpr):
 
 
 @triton.jit
+def load_query(
+    query_ptr, b, first_head, t, g, T, stride_b, stride_h, stride_t, d, D: tl.constexpr
+):
+    """Rows of tokens t of T and heads first_head + g, zeros for tokens beyond: [rows, BLOCK_D]."""
+    stride_h = in_units(stride_h, 8)
+    at = t.to(tl.int64) * in_units(stride_t, 8) + g.to(tl.int64) * stride_h
+    at += b * in_units(stride_b, 8) + first_head * stride_h
+    return tl.load(
+        query_ptr + at[:, None] + d[None, :],
+        mask=(t < T)[:, None] & (d < D)[None, :],
+        other=0.0,
+    )
+
+
+@triton.jit
 def dot(a, b, acc):
     """acc + a @ b in float32, with no rounding of float32 inputs to tf32."""
     if INTERPRET:

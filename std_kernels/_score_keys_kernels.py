@@ -260,7 +260,7 @@ def aot_specs(arch: str, dtype: str, row: _tuning.Row) -> list[Spec]:
         **shape,
         "D": row.head_dim,
         "BLOCK_D": padded(row.head_dim),
-        "UNIT": 8 if row.head_dim % 16 else 1,
+        "UNIT": stride_unit(row.head_dim),
         "BLOCK_M": row.block_m,
         "BLOCK_N": row.block_n,
     }

@@ -24,6 +24,7 @@ from std_kernels._device import (
     check_grid,
     dot,
     in_units,
+    load_query,
     logit_scales,
     merge_kernel,
     online_softmax,
@@ -70,13 +71,8 @@ def _sparse_split_kernel(
     row = (bh * tl.num_programs(1) + s) * (T * G) + r
     # Asked for before the lengths are there: where there is little to read, waits are what counts.
     d = tl.arange(0, BLOCK_D)
-    stride_query_h = in_units(stride_query_h, 8)
-    at = t.to(tl.int64) * in_units(stride_query_t, 8) + g.to(tl.int64) * stride_query_h
-    at += b * in_units(stride_query_b, 8) + h * G * stride_query_h
-    query = tl.load(
-        query_ptr + at[:, None] + d[None, :],
-        mask=(t < T)[:, None] & (d < D)[None, :],
-        other=0.0,
+    query = load_query(
+        query_ptr, b, h * G, t, g, T, stride_query_b, stride_query_h, stride_query_t, d, D
     )  # [BLOCK_M, BLOCK_D]
     tail_start = tl.maximum(tl.load(tail_start_ptr + b), 0)
     kv_len = tl.load(kv_len_ptr + b)
@@ -199,8 +195,7 @@ def aot_specs(arch: str, dtype: str, row: Row) -> list[Spec]:
     """The plain op, one with softcap, and the merge."""
     half, tile = f"*{dtype}", row.config()
     shared = dict(HKV=4, G=7, D=row.head_dim, BLOCK_D=padded(row.head_dim), SPLIT=tile.split)
-    unit = 8 if row.head_dim % 16 else 1
-    sizes = dict(BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, UNIT=unit)
+    sizes = dict(BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, UNIT=stride_unit(row.head_dim))
     strides = ["stride_query_b", "stride_query_h", "stride_query_t"]
     strides += [f"stride_{x}_{i}" for x in ("key", "value") for i in "bhn"]
     strides += ["stride_indices_b", "stride_indices_h"]

@@ -28,6 +28,7 @@ from std_kernels._device import (
     check_grid,
     dot,
     in_units,
+    load_query,
     logit_scales,
     merge_kernel,
     online_softmax,
@@ -86,13 +87,8 @@ def _verify_split_kernel(
     r = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     t, g = r // G, r % G
     d = tl.arange(0, BLOCK_D)
-    stride_query_h = in_units(stride_query_h, 8)
-    at = t.to(tl.int64) * in_units(stride_query_t, 8) + g.to(tl.int64) * stride_query_h
-    at += b * in_units(stride_query_b, 8) + h * G * stride_query_h
-    query = tl.load(
-        query_ptr + at[:, None] + d[None, :],
-        mask=(t < T)[:, None] & (d < D)[None, :],
-        other=0.0,
+    query = load_query(
+        query_ptr, b, h * G, t, g, T, stride_query_b, stride_query_h, stride_query_t, d, D
     )  # [BLOCK_M, BLOCK_D]
     position = stop - T + t
     key_ptr += b * in_units(stride_key_b, UNIT) + h * in_units(stride_key_h, UNIT)
@@ -258,8 +254,7 @@ def aot_specs(arch: str, dtype: str, row: Row) -> list[Spec]:
     """The plain op, the op with scores, one with every option, and the merge."""
     half, tile = f"*{dtype}", row.config()
     shared = dict(HKV=4, G=7, D=row.head_dim, BLOCK_D=padded(row.head_dim), SPLIT=tile.split)
-    unit = 8 if row.head_dim % 16 else 1
-    sizes = dict(BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, UNIT=unit)
+    sizes = dict(BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, UNIT=stride_unit(row.head_dim))
     strides = [f"stride_{x}" for x in ("query_b", "query_h", "query_t")]
     strides += [f"stride_{x}_{i}" for x in ("key", "value") for i in "bhn"]
     types = dict.fromkeys(strides, "i32") | dict.fromkeys(("T", "N", "num_splits"), "i32")

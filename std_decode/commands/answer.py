@@ -114,9 +114,8 @@ def patch_options(options: argparse.Namespace) -> dict[str, Any]:
     if options.draft_weights_cache is not None and options.draft_weights is None:
         raise BadInput("--draft-weights-cache keeps 4-bit copies; give --draft-weights int4 too")
     cache = options.draft_weights_cache
-    if (
-        cache is not None and not cache.is_file()
-    ):  # one that is there may be where only root writes
+    # One that is there may be where only root writes.
+    if cache is not None and not cache.is_file():
         check_file("--draft-weights-cache", cache)
     names = ("top_k_keys", "draft_length", "reselect", "draft_weights", "draft_weights_cache")
     return {name: getattr(options, name) for name in (*names, "compile")}
