@@ -60,8 +60,63 @@ class Pass:
     twins: object = None
 
 
-# Called with the running pass, the layer, its query, key and value and the ops' options.
-Observer = Callable[[Pass, BufferLayer, Tensor, Tensor, Tensor, dict[str, Any]], None]
+Result = tuple[Tensor, Tensor | None]  # [B, T, Hq, D], and what a model's own attention adds
+
+
+@dataclass(eq=False)
+class Attending:
+    """One layer's attention in a pass: what a model's attention module called for.
+
+    Attributes:
+        replaced: the name of the implementation that ours stands in for.
+        key, value: at prefill of the tokens so far, afterwards the whole buffers.
+        given: all else that the module said, by name.
+    """
+
+    running: Pass
+    module: nn.Module
+    replaced: str
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    mask: Tensor | None
+    given: dict[str, Any]
+
+    @property
+    def dense(self) -> Callable[..., Result]:
+        """The function that the module would have called."""
+        return attention_function(self.module, self.replaced)
+
+    @property
+    def layer(self) -> BufferLayer:
+        return self.running.cache.layers[self.module.layer_idx]
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What changes the logits (Gemma 2 has soft caps, gpt-oss sinks), as the ops name it."""
+        sinks = self.given.get("s_aux")
+        return {
+            "scale": self.given.get("scaling"),
+            "softcap": self.given.get("softcap"),
+            "sinks": None if sinks is None else sinks.to(self.query.device, torch.float32),
+        }
+
+    def __call__(self) -> Result:
+        running, query = self.running, self.query
+        if running.phase != "prefill" and (running.own_length is None or self.layer.window):
+            attend = _draft if running.phase == "draft" else _verify
+            return attend(self).transpose(1, 2).contiguous(), None
+        key, value = self.key, self.value
+        if running.own_length is not None:
+            key, value = key[:, :, : running.own_length], value[:, :, : running.own_length]
+        if running.selection is not None and self.layer.window is None:
+            scores = _score_prompt(running.cache, running.selection, query, key, self.options)
+            self.layer.weigh_prompt(scores, query.shape[1])
+        return self.dense(self.module, query, key, value, self.mask, **self.given)
+
+
+# Has it attend by calling it; its own result is what the module gets.
+Observer = Callable[[Attending], Result]
 
 
 class _EagerPass:
@@ -86,7 +141,7 @@ def attention_of(config: PreTrainedConfig, running: Pass) -> Iterator[None]:
     before = _running.get()
     try:  # before anything is changed: Ctrl-C may come between any two steps
         with _switch_lock:
-            name = config._attn_implementation or "eager"
+            name = attention_name(config)
             passes, _, replaced = _switched.get(id(config), (WeakSet(), config, name))
             passes.add(running)
             _switched[id(config)] = passes, config, replaced
@@ -148,7 +203,7 @@ if hasattr(os, "register_at_fork"):
 
 @contextmanager
 def observed_by(observer: Observer) -> Iterator[None]:
-    """Show each layer's verification to `observer` before it runs, in this context (thread) only.
+    """Have `observer` called for each layer's attention, in this context (thread) only.
 
     Captured and compiled passes show nothing: patch with ``cuda_graphs=False``.
     """
@@ -216,7 +271,12 @@ def _registered(replaced: str) -> str:
     return name
 
 
-def _replaced_attention(module: nn.Module, name: str) -> Callable:
+def attention_name(config: PreTrainedConfig) -> str:
+    """The implementation that `config` asks for, also while a pass of ours stands in for it."""
+    return (config._attn_implementation or "eager").removeprefix(PREFIX)
+
+
+def attention_function(module: nn.Module, name: str) -> Callable[..., Result]:
     """The function `module` would call under `name`; eager ones live in the model's own file."""
     file = sys.modules[type(module).__module__]
     interface = getattr(file, "ALL_ATTENTION_FUNCTIONS", ALL_ATTENTION_FUNCTIONS)
@@ -242,33 +302,12 @@ def _attention(
     **kwargs,
 ) -> tuple[Tensor, Tensor | None]:
     running: Any = running_pass()
-    if running is not None and running.layers.get(getattr(module, "layer_idx", -1)) is module:
-        layer = running.cache.layers[module.layer_idx]
-        options = _options(query, kwargs)
-        observer = None if torch.compiler.is_compiling() else _observer.get()
-        if observer is not None and running.phase == "verify":
-            observer(running, layer, query, key, value, options)
-        if running.own_length is not None and layer.window is None:
-            key, value = key[:, :, : running.own_length], value[:, :, : running.own_length]
-        elif running.phase != "prefill":
-            attend = _draft if running.phase == "draft" else _verify
-            out = attend(running, layer, query, key, value, options)
-            return out.transpose(1, 2).contiguous(), None
-        if running.selection is not None and layer.window is None:
-            scores = _score_prompt(running.cache, running.selection, query, key, options)
-            layer.weigh_prompt(scores, query.shape[1])
-    dense = _replaced_attention(module, replaced)
-    return dense(module, query, key, value, attention_mask, **kwargs)
-
-
-def _options(query: Tensor, kwargs: dict) -> dict:
-    """What changes the logits (Gemma 2 has soft caps, gpt-oss sinks), as the ops name it."""
-    sinks = kwargs.get("s_aux")
-    return {
-        "scale": kwargs.get("scaling"),
-        "softcap": kwargs.get("softcap"),
-        "sinks": None if sinks is None else sinks.to(query.device, torch.float32),
-    }
+    if running is None or running.layers.get(getattr(module, "layer_idx", -1)) is not module:
+        dense = attention_function(module, replaced)
+        return dense(module, query, key, value, attention_mask, **kwargs)
+    attending = Attending(running, module, replaced, query, key, value, attention_mask, kwargs)
+    observer = None if torch.compiler.is_compiling() else _observer.get()
+    return attending() if observer is None else observer(attending)
 
 
 def _score_prompt(
@@ -284,43 +323,35 @@ def _score_prompt(
     )
 
 
-def _draft(
-    running: Pass, layer: BufferLayer, query: Tensor, key: Tensor, value: Tensor, options: dict
-) -> Tensor:
+def _draft(attending: Attending) -> Tensor:
+    layer, query, cache = attending.layer, attending.query, attending.running.cache
     if layer.window is not None:
-        return _verify(running, layer, query, key, value, options)
+        return _verify(attending)
     out, lse = sparse_attention(
         query,
-        key,
-        value,
+        attending.key,
+        attending.value,
         layer.indices,
-        _on(query, running.cache.tail_start),
-        _on(query, running.cache.span.kv_len),
-        **options,
+        _on(query, cache.tail_start),
+        _on(query, cache.span.kv_len),
+        **attending.options,
     )
     layer.note_lse(lse)
     return out
 
 
-def _verify(
-    running: Pass, layer: BufferLayer, query: Tensor, key: Tensor, value: Tensor, options: dict
-) -> Tensor:
-    kv_len = _on(query, running.cache.span.kv_len)
-    kv_start = _on(query, running.cache.kv_start)
-    if running.rescore and layer.window is None:
+def _verify(attending: Attending) -> Tensor:
+    layer, query, cache = attending.layer, attending.query, attending.running.cache
+    tensors = query, attending.key, attending.value, _on(query, cache.span.kv_len)
+    kv_start = _on(query, cache.kv_start)
+    if attending.running.rescore and layer.window is None:
         out, _, scores = verify_attention_with_scores(
-            query,
-            key,
-            value,
-            kv_len,
-            layer.lse_estimate(query.shape[2]),
-            kv_start=kv_start,
-            **options,
+            *tensors, layer.lse_estimate(query.shape[2]), kv_start=kv_start, **attending.options
         )
         layer.weigh(scores)
         return out
     out, _ = verify_attention(
-        query, key, value, kv_len, kv_start=kv_start, window=layer.window, **options
+        *tensors, kv_start=kv_start, window=layer.window, **attending.options
     )
     return out
 

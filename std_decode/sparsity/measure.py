@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from std_decode.attention import Pass, observed_by
-from std_decode.cache import CACHE, BufferLayer
+from std_decode.attention import Attending, Result, observed_by
+from std_decode.cache import CACHE, BufferLayer, SparseToDenseCache
 from std_decode.loop import Decoding
 from std_decode.patching import last_stats, patched
 from std_decode.selection import MOST_INDICES, plan_selection, visual_tokens
@@ -114,20 +114,17 @@ class Teacher(Decoding):
         self.rows.write(right[:, None], step)
         return right
 
-    def weigh(
-        self,
-        running: Pass,
-        layer: BufferLayer,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        options: dict,
-    ) -> None:
+    def weigh(self, attending: Attending) -> Result:
         """Note where a verification's tokens attend, query ``[1, Hq, T, D]``."""
-        if layer.window is not None:
-            return
-        at = next(i for i, one in enumerate(running.cache.layers) if one is layer)
-        cache, selection = running.cache, self.engine.selection
+        running, layer = attending.running, attending.layer
+        if running.phase == "verify" and layer.window is None:
+            self.note(attending, running.cache, layer)
+        return attending()
+
+    def note(self, attending: Attending, cache: SparseToDenseCache, layer: BufferLayer) -> None:
+        query, key, value = attending.query, attending.key, attending.value
+        options, selection = attending.options, self.engine.selection
+        at = next(i for i, one in enumerate(cache.layers) if one is layer)
         assert selection is not None
         kv_len, tail = (x.to(query.device) for x in (cache.span.kv_len, cache.tail_start))
         always = selection.always.to(query.device)[0]

@@ -89,7 +89,7 @@ CHANGES = {
     prune_half_way: "changed after patch: LlamaForCausalLM has 2 causal attention modules",
     replace_attention: None,
     copy_decoder: None,
-    quantize: "changed after patch: the attention of LlamaForCausalLM is not the causal softmax",
+    quantize: "changed after patch: layers.0 of LlamaForCausalLM makes something else of a token",
     widen: "query has dtype float64",
 }
 
@@ -132,7 +132,7 @@ def test_a_hook_that_was_there_at_patch_is_tried(make_case):
     assert std_decode.last_stats(case.model).rounds > 0 and len(seen) > 16
     std_decode.unpatch(case.model)
     steer(case)
-    with pytest.raises(NotImplementedError, match="is not the causal softmax attention"):
+    with pytest.raises(NotImplementedError, match="layers.1 of LlamaForCausalLM makes something"):
         std_decode.patch(case.model, **PATCH)
 
 

@@ -46,12 +46,12 @@ class Listing(Teacher):
         super().__init__(*args, **options)
         self.lists = []
 
-    def weigh(self, running, layer, query, *others):
-        at = running.cache.layers.index(layer)
-        last = int(running.cache.span.kv_len)
-        rows = range(last - query.shape[2], last)
+    def note(self, attending, cache, layer):
+        at = cache.layers.index(layer)
+        last = int(cache.span.kv_len)
+        rows = range(last - attending.query.shape[2], last)
         self.lists.append((at, rows, layer.indices[0].tolist()))
-        super().weigh(running, layer, query, *others)
+        super().note(attending, cache, layer)
 
 
 def expected(attention, row, prompt, listed, heads):
