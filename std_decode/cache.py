@@ -102,7 +102,13 @@ class BufferLayer(CacheLayerMixin):
         if self.past is not None:
             self.adopt(self.past)
             self.past = None
-        start, end = self.owner.longest, self.owner.longest + key_states.shape[2]
+        given, expected = key_states.shape[2], self.owner.span.slots.shape[1]
+        if given != expected:  # slots that nothing was written to would be attended to
+            raise RuntimeError(
+                f"generate: a layer got keys of {given} tokens for a prompt of {expected}, "
+                "expected as many; unpatch the model, whose own code leaves some out"
+            )
+        start, end = self.owner.longest, self.owner.longest + given
         self.keys[:, :, start:end] = key_states
         self.values[:, :, start:end] = value_states
         return self.keys[:, :, :end], self.values[:, :, :end]

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
+from weakref import ref
 
 from torch import nn
 from transformers import PreTrainedModel
 
 from std_decode.eligibility import SUPPORTED, attention_layers
+from std_decode.implementation import attention_parts
 
 # Hooks that do the same to a token whatever it is fed with: transformers' own, and the one by
 # which PEFT tells a batch's rows their adapters.
@@ -27,21 +29,22 @@ class Tried:
     def __init__(self, model: PreTrainedModel):
         self.layers = attention_layers(model)
         self.refusal: str | None = None
-        self.parts = _parts(model)
+        self.parts: tuple | None = self._parts(model)
         self.hooks = {handle for handle, _, _ in _hooks(model)}
 
     def reason(self, model: PreTrainedModel, rows: int) -> str | None:
         """Why a call of `model`, patched, with a batch of `rows` has to run as unpatched, or None.
 
-        Attention modules that were replaced, weights of another dtype, quantised or pruned ones:
-        all are tried as patch would. A hook is not: it may do something to the last token of each
-        pass, which is every token as long as nothing is drafted, and it may count its calls.
+        Modules that were replaced, weights of another dtype, quantised or pruned ones, another
+        attention or forward: all are tried as patch would. A hook is not: it may do something to
+        the last token of each pass, which is every token as long as nothing is drafted, and it may
+        count its calls.
         """
         for handle, name, hook in _hooks(model):
             if handle not in self.hooks and not _described(hook).startswith(_HARMLESS_HOOKS):
                 where = name or type(model).__name__
                 return f"a hook was put on {where} after patch; unpatch and patch to have it tried"
-        parts = _parts(model)
+        parts = self._parts(model)
         if parts != self.parts:
             self.parts, self.refusal = parts, self._try_again(model, rows)
         return self.refusal
@@ -56,12 +59,15 @@ class Tried:
         self.layers.update(layers)
         return None
 
+    def _parts(self, model: PreTrainedModel) -> tuple:
+        """What a decoder is made of, so that a change shows. Values of weights are none."""
+        decoder = model.get_decoder()
+        modules = tuple(ref(module) for module in decoder.modules())
+        dtypes = tuple(parameter.dtype for parameter in decoder.parameters())
+        return modules, dtypes, attention_parts(model, self.layers)
 
-def _parts(model: PreTrainedModel) -> tuple:
-    """What a decoder is made of, so that a change shows. Values of weights are none."""
-    decoder = model.get_decoder()
-    modules = tuple((id(module), type(module).__name__) for module in decoder.modules())
-    return modules, tuple(parameter.dtype for parameter in decoder.parameters())
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "parts": None}  # a copy has parts of its own, and is tried again
 
 
 def _hooks(model: nn.Module) -> Iterator[tuple[int, str, Any]]:

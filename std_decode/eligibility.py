@@ -11,6 +11,7 @@ from transformers import DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from std_decode.cache import CACHE
+from std_decode.implementation import foreign_attention
 from std_decode.trial import Failed, input_device, try_attention
 
 SUPPORTED = (
@@ -40,6 +41,9 @@ def attention_layers(model: PreTrainedModel, rows: int = 1) -> dict[int, nn.Modu
     try:
         _check_kind(model)
         layers = _attention_modules(model)
+        foreign = foreign_attention(model, layers)
+        if foreign is not None:
+            raise Failed(f"{type(model).__name__} {foreign}")
         with _as_in_evaluation(model), torch.autocast(input_device(model).type, enabled=False):
             try_attention(model, layers, rows)
     except Failed as obstacle:

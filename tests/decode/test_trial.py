@@ -75,6 +75,8 @@ def rescaled(factor, layer):
 
         model.set_attn_implementation("eager")
         monkeypatch.setattr(modeling_llama, "eager_attention_forward", attend)
+        # Or it would be refused as not transformers' own, before it is tried.
+        monkeypatch.setattr("std_decode.eligibility.foreign_attention", lambda *_: None)
 
     return change
 

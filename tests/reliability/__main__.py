@@ -4,7 +4,7 @@ import argparse
 import sys
 from importlib import import_module
 
-COMMANDS = ("lossless", "soak", "fuzz", "draws")
+COMMANDS = ("lossless", "soak", "fuzz", "draws", "replaced")
 
 _EPILOG = """\
 examples:
@@ -13,6 +13,7 @@ examples:
   python -m tests.reliability soak --rounds 10000
   python -m tests.reliability fuzz --cases 500
   python -m tests.reliability draws
+  python -m tests.reliability replaced --cases 1000
 
 With --out bench/results each writes its section of reliability.md."""
 
