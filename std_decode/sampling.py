@@ -11,6 +11,7 @@ from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria
 from transformers.generation import logits_process
 
 from std_decode.noise import Noise, upcoming_noise
+from std_decode.processors import DraftProcessors
 from std_decode.rows import Rows
 
 # Row-wise functions with no memory of earlier calls: running them on tokens that are later
@@ -143,7 +144,7 @@ class Drafter:
     """Chooses draft tokens for lockstep decoding, where generate itself chooses the real ones.
 
     A processor that is not known to be stateless sees verified logits only, in generate's own
-    loop: its effect on a draft token is missed, never its effect on the output.
+    loop; drafts go through a copy of it, or without it, see `DraftProcessors`.
 
     Attributes:
         criteria: generate's stopping criteria, to be handed to its loop in place of the original:
@@ -161,7 +162,7 @@ class Drafter:
         criteria: StoppingCriteriaList,
         config: GenerationConfig,
     ):
-        self.processors = LogitsProcessorList(p for p in processors if type(p) in STATELESS)
+        self.processors = DraftProcessors(processors, STATELESS)
         self.criteria = _WatchedCriteria(criteria)
         self.criteria.watcher = self._watch
         self.max_length, self.do_sample = config.max_length, config.do_sample
@@ -198,7 +199,8 @@ class Drafter:
 
         def choose(logits: Tensor, step: int) -> Tensor:
             nonlocal ids, active, noise
-            logits = logits.to(copy=True, dtype=torch.float32, device=ids.device)
+            if step == 0:
+                self.processors.begin()
             scores = self.processors(ids, logits)
             if self.do_sample:
                 probabilities = scores.softmax(dim=-1)
