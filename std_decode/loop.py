@@ -57,23 +57,20 @@ class Decoding:
             Prompt and generated tokens, ``[B, S + steps]``.
         """
         rows = self.rows
-        try:
-            outputs = model._prefill(input_ids, config, kwargs)
-            self.choose.begin(outputs.logits[:, -1], rows.text.device)
-            self.begin_round(0)
-            self.accept(rows.text[:, :0], outputs.logits[:, -1:])
-            kwargs = model._update_model_kwargs_for_generation(outputs, kwargs)
-            del outputs  # the prompt's logits may be large
-            first = rows.text[:, : rows.prompt + 1]
-            inputs = model.prepare_inputs_for_generation(first, next_sequence_length=1, **kwargs)
-            self.first_position, self.shared = inputs["position_ids"], shared_inputs(inputs)
-            with model._optimize_model_for_decode():
-                while rows.going():
-                    self.round()
-        finally:
-            if self.choose.noise is not None:
-                self.choose.noise.end(min(max(rows.at), rows.end()))
-                self.engine.stats.workspace_bytes += self.choose.noise.ring.nbytes
+        outputs = model._prefill(input_ids, config, kwargs)
+        self.choose.begin(outputs.logits[:, -1], rows.text.device)
+        self.begin_round(0)
+        self.accept(rows.text[:, :0], outputs.logits[:, -1:])
+        kwargs = model._update_model_kwargs_for_generation(outputs, kwargs)
+        del outputs  # the prompt's logits may be large
+        first = rows.text[:, : rows.prompt + 1]
+        inputs = model.prepare_inputs_for_generation(first, next_sequence_length=1, **kwargs)
+        self.first_position, self.shared = inputs["position_ids"], shared_inputs(inputs)
+        with model._optimize_model_for_decode():
+            while rows.going():
+                self.round()
+        if self.choose.noise is not None:
+            self.engine.stats.workspace_bytes += self.choose.noise.ring.nbytes
         if self.streamer is not None:
             self.streamer.end()
         self.engine.stats.settle(sum(rows.at) - len(rows.at), self.row_passes)
@@ -102,15 +99,15 @@ class Decoding:
             self.length.observe(gamma, right, drafting, rest, gained, first_use > 0)
 
     def begin_round(self, gamma: int) -> None:
-        """Make room for a round's tokens, and have the random numbers that choose them."""
+        """Make room for a round's tokens, and foresee the random numbers of its drafts."""
         rows, noise = self.rows, self.choose.noise
         rows.reserve(gamma + 1)
         self.step_limit = rows.ends.most_steps
         if noise is not None:
             at = [rows.at[row] for row in rows.going()]
             # A row that is too far ahead of the slowest waits for it.
-            until = min(max(at) + gamma + 1, rows.ends.most_steps)
-            self.step_limit = noise.draw(until, min(at))
+            self.step_limit = min(self.step_limit, max(at) + gamma + 1, min(at) + noise.window)
+            noise.foresee(min(max(at) + gamma, self.step_limit))
 
     def draft(self, logits: Tensor, step: int) -> Tensor:
         """The token ``[B]`` to draft after `step` others, given the draft logits ``[B, V]``."""
@@ -132,19 +129,9 @@ class Decoding:
             these are its own, and how many drafts agreed.
         """
         rows, stats = self.rows, self.engine.stats
-        chosen, undefined = self.choose.each(logits, rows)
-        agreeing = torch.zeros_like(rows.steps)
-        if drafts.shape[1]:
-            agreeing = (drafts == chosen[:, :-1]).long().cumprod(dim=1).sum(dim=1)
-            agreeing = torch.where(spoiled(logits), -1, agreeing)
-        given, kept = rows.keep(chosen, agreeing, self.step_limit)
-        if undefined is not None:
-            undefined = (undefined & (rows.ahead[: chosen.shape[1]] < given[:, None])).sum(dim=1)
         before = rows.at
-        own, agreed, *unusable = rows.read(
-            kept, agreeing, *([] if undefined is None else [undefined])
-        )
-        if any(map(any, unusable)):  # as torch.multinomial has it
+        given, own, agreed, unusable = self.settle(drafts, logits)
+        if unusable:  # as torch.multinomial has it
             raise RuntimeError("probability tensor contains either `inf`, `nan` or element < 0")
         self.spoiled = any(agreed[row] < 0 for row in rows.going())
         agreed = [max(0, count) for count in agreed]
@@ -154,6 +141,44 @@ class Decoding:
             for token in rows.text[0, rows.prompt + before[0] : rows.prompt + rows.at[0]].cpu():
                 self.streamer.put(token[None])
         return given, own, agreed
+
+    def settle(self, drafts: Tensor, logits: Tensor) -> tuple[Tensor, list[int], list[int], bool]:
+        """Keep what `accept` says, chosen by random numbers that are this call's own."""
+        rows, noise = self.rows, self.choose.noise
+        if noise is None:
+            return self.keep(drafts, logits)
+        noise.draw(min(rows.taken(1), self.step_limit))
+        noise.foresee(self.step_limit)
+        before = rows.progress()
+        kept = self.keep(drafts, logits)
+        if not noise.draw(rows.taken()):
+            # Another thread has drawn what was foreseen: once more, by what was drawn instead.
+            rows.back_to(before)
+            rows.write(drafts)
+            self.step_limit = noise.drawn
+            kept = self.keep(drafts, logits)
+        return kept
+
+    def keep(self, drafts: Tensor, logits: Tensor) -> tuple[Tensor, list[int], list[int], bool]:
+        """The same by the random numbers that there are.
+
+        Returns:
+            As `accept`, drafts that agreed being -1 in a row that a draft has spoiled, and
+            whether a token was kept that cannot be drawn.
+        """
+        rows = self.rows
+        chosen, undefined = self.choose.each(logits, rows)
+        agreeing = torch.zeros_like(rows.steps)
+        if drafts.shape[1]:
+            agreeing = (drafts == chosen[:, :-1]).long().cumprod(dim=1).sum(dim=1)
+            agreeing = torch.where(spoiled(logits), -1, agreeing)
+        given, kept = rows.keep(chosen, agreeing, self.step_limit)
+        if undefined is not None:
+            undefined = (undefined & (rows.ahead[: chosen.shape[1]] < given[:, None])).sum(dim=1)
+        own, agreed, *unusable = rows.read(
+            kept, agreeing, *([] if undefined is None else [undefined])
+        )
+        return given, own, agreed, any(map(any, unusable))
 
     def positions(self, count: int) -> Tensor:
         """Position ids of each row's pending token and those after it, ``[..., B, count]``."""

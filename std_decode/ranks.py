@@ -10,7 +10,7 @@ import torch
 import torch.distributed
 from torch import Tensor
 
-from std_decode.sampling import default_generator
+from std_decode.noise import default_generator
 
 
 def lead(model: Any) -> Callable[[int], int]:
@@ -35,7 +35,11 @@ def share_random_numbers(model: Any, device: torch.device) -> None:
     tell = _broadcast(model)
     if tell is not None:
         generator = default_generator(device)
-        generator.set_state(tell(generator.get_state()))
+        own = generator.get_state()
+        told = tell(own)
+        # Setting it to what it was would put it back, if another thread has drawn since.
+        if not torch.equal(told, own):
+            generator.set_state(told)
 
 
 def own_file(model: Any, path: Path) -> Path:

@@ -121,6 +121,10 @@ class Rows:
         self.ended = torch.where(first < count, self.steps + own, self.ended)
         if self.ends.pad is not None:
             given = own
+        elif self.ends.strings:
+            # A row that has ended only goes along: alone it might go further than the batch.
+            furthest = torch.minimum(self.steps + given, self.ended).amax()
+            given = torch.minimum(given, furthest - self.steps)
         self.steps = self.steps + given
         return given, own
 
@@ -136,6 +140,18 @@ class Rows:
     def end(self) -> int:
         """How many steps the batch takes, once every row has ended."""
         return max(self.ended_at)
+
+    def taken(self, more: int = 0) -> int:
+        """How many steps the batch has taken for sure; with one more of each unended row."""
+        return max(min(at + more, end) for at, end in zip(self.at, self.ended_at))
+
+    def progress(self) -> tuple[Tensor, Tensor, list[int], list[int]]:
+        """How far the rows have come, for `back_to`."""
+        return self.steps, self.ended, self.at, self.ended_at
+
+    def back_to(self, progress: tuple[Tensor, Tensor, list[int], list[int]]) -> None:
+        """Have come no further than that; the text behind it may be anything."""
+        self.steps, self.ended, self.at, self.ended_at = progress
 
     def going(self) -> list[int]:
         """The rows that still need tokens."""

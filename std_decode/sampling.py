@@ -10,6 +10,8 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 from transformers.generation import logits_process
 
+from std_decode.noise import Noise, upcoming_noise
+from std_decode.processors import DraftProcessors
 from std_decode.rows import Rows
 
 # Row-wise functions with no memory of earlier calls: running them on tokens that are later
@@ -138,65 +140,11 @@ def _of_row(processors: LogitsProcessorList, row: int) -> LogitsProcessorList:
     return own
 
 
-class Noise:
-    """The random numbers of sampling, drawn as plain generate draws them, ahead of time.
-
-    ``torch.multinomial(p, 1)`` is ``argmax(p / q)`` with one draw of q ~ Exp(1) like p
-    (aten/src/ATen/native/Distributions.cpp), which plain generate calls once a step for all rows.
-    So does this, in step order; row b's token of step t divides by row b of the t-th draw,
-    whichever round chooses it. A draft that divides by the q of its own step chooses the token
-    that verification will choose, wherever draft and dense model agree well enough
-    (drafter-invariant sampling, Daliri et al. 2024, arXiv 2408.07978).
-
-    Args:
-        batch, vocabulary: of a step's draw.
-        window: draws kept at a time, so that memory does not grow with the distance between rows.
-    """
-
-    def __init__(self, batch: int, vocabulary: int, window: int, device: torch.device):
-        self.generator = default_generator(device)
-        self.window = window
-        self.drawn = 0  # steps so far
-        self.states = {0: self.generator.get_state()}  # after so many steps
-        # As the probabilities are, whatever torch.set_default_dtype says.
-        self.ring = torch.empty(window, batch, vocabulary, dtype=torch.float32, device=device)
-        self.rows = torch.arange(batch, device=device)
-
-    def draw(self, until: int, oldest: int) -> int:
-        """Have the draws of the steps before `until`, but of no more than `window` from `oldest`.
-
-        Returns:
-            The first step whose draw is not there.
-        """
-        for step in range(self.drawn, min(until, oldest + self.window)):
-            self.ring[step % self.window].exponential_(1, generator=self.generator)
-            self.states[step + 1] = self.generator.get_state()
-        self.drawn = max(self.drawn, min(until, oldest + self.window))
-        self.states = {s: state for s, state in self.states.items() if s >= oldest}
-        return self.drawn
-
-    def at(self, steps: Tensor) -> Tensor:
-        """Each row's draws of its own steps ``[B]`` or ``[B, T]``; of steps not drawn yet, any."""
-        return self.ring[steps % self.window, self.rows.view(-1, *[1] * (steps.dim() - 1))]
-
-    def end(self, steps: int) -> None:
-        """Leave the generator as `steps` steps of plain generate do."""
-        self.generator.set_state(self.states[steps])
-
-
-def default_generator(device: torch.device) -> torch.Generator:
-    """The generator that ``torch.multinomial`` draws from on `device`, CPU or CUDA."""
-    if device.type == "cuda":
-        index = torch.cuda.current_device() if device.index is None else device.index
-        return torch.cuda.default_generators[index]
-    return torch.default_generator
-
-
 class Drafter:
     """Chooses draft tokens for lockstep decoding, where generate itself chooses the real ones.
 
     A processor that is not known to be stateless sees verified logits only, in generate's own
-    loop: its effect on a draft token is missed, never its effect on the output.
+    loop; drafts go through a copy of it, or without it, see `DraftProcessors`.
 
     Attributes:
         criteria: generate's stopping criteria, to be handed to its loop in place of the original:
@@ -214,7 +162,7 @@ class Drafter:
         criteria: StoppingCriteriaList,
         config: GenerationConfig,
     ):
-        self.processors = LogitsProcessorList(p for p in processors if type(p) in STATELESS)
+        self.processors = DraftProcessors(processors, STATELESS)
         self.criteria = _WatchedCriteria(criteria)
         self.criteria.watcher = self._watch
         self.max_length, self.do_sample = config.max_length, config.do_sample
@@ -251,7 +199,8 @@ class Drafter:
 
         def choose(logits: Tensor, step: int) -> Tensor:
             nonlocal ids, active, noise
-            logits = logits.to(copy=True, dtype=torch.float32, device=ids.device)
+            if step == 0:
+                self.processors.begin()
             scores = self.processors(ids, logits)
             if self.do_sample:
                 probabilities = scores.softmax(dim=-1)
@@ -277,21 +226,3 @@ class _WatchedCriteria(StoppingCriteriaList):
         ended = super().__call__(input_ids, scores, **kwargs)
         self.watcher(input_ids, ended)
         return ended
-
-
-def upcoming_noise(probabilities: Tensor, steps: int) -> list[Tensor]:
-    """What `Noise` draws, of the next `steps` steps, with the generator left as it was.
-
-    Generate draws the same numbers again, itself, so any other user of the generator (a processor
-    of the caller's own, say) sees no difference.
-    """
-    device = probabilities.device
-    if device.type not in ("cpu", "cuda"):
-        # A generator that cannot be put back must not be drawn from.
-        return [torch.ones_like(probabilities)] * steps
-    generator = default_generator(device)
-    state = generator.get_state()
-    try:
-        return [torch.empty_like(probabilities).exponential_(1) for _ in range(steps)]
-    finally:
-        generator.set_state(state)

@@ -10,7 +10,7 @@ import std_decode
 from std_decode import attention
 from std_decode.cache import BufferLayer, SparseToDenseCache
 from std_decode.engine import Engine
-from std_decode.sampling import upcoming_noise
+from std_decode.noise import upcoming_noise
 from std_decode.selection import plan_selection
 from std_decode.stats import Clock, DecodeStats
 

@@ -1,6 +1,7 @@
 """Batches whose rows end at different times, ragged and in lockstep, as each is promised."""
 
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,9 +14,7 @@ from transformers import (
 )
 
 import std_decode
-from std_decode import sampling
 from std_decode.loop import Decoding
-from std_decode.sampling import Noise
 from tests.decode.observers import Streams, Watches
 
 PATCH = dict(draft_length=4, top_k_keys=6)
@@ -201,69 +200,97 @@ def test_drafts_go_through_each_rows_processors(make_case):
     assert stats.mode == "ragged" and stats.accepted == stats.drafted > 0
 
 
-class Recorded(Noise):
-    """Remembers the draws of all calls, in order."""
+@pytest.fixture
+def drawing(monkeypatch):
+    """Shapes of what a call draws for its steps, in order, and how many steps it looks ahead."""
+    seen = SimpleNamespace(drawn=[], foreseen=0, most_ahead=0)
+    plain, begin_round = torch.Tensor.exponential_, Decoding.begin_round
 
-    drawn_shapes: list
-    most_ahead = 0
+    def exponential_(tensor, lambd, generator):
+        assert tensor.is_contiguous() and tensor.dtype == torch.float32
+        if generator is torch.default_generator:
+            seen.drawn.append(tuple(tensor.shape))
+        else:
+            seen.foreseen += 1
+        return plain(tensor, lambd, generator=generator)
 
-    def draw(self, until, oldest):
-        before, plain = self.drawn, torch.Tensor.exponential_
+    def watched(decoding, gamma):
+        begin_round(decoding, gamma)
+        noise, rows = decoding.choose.noise, decoding.rows
+        oldest = min(rows.at[row] for row in rows.going())
+        ahead = max(noise.foreseen, decoding.step_limit) - oldest
+        assert ahead <= noise.window and len(noise.states) <= noise.window + 1
+        seen.most_ahead = max(seen.most_ahead, ahead)
 
-        def exponential_(tensor, *args, **kwargs):
-            assert tensor.is_contiguous() and tensor.dtype == torch.float32
-            self.drawn_shapes.append(tuple(tensor.shape))
-            return plain(tensor, *args, **kwargs)
-
-        torch.Tensor.exponential_ = exponential_
-        try:
-            drawn = super().draw(until, oldest)
-        finally:
-            torch.Tensor.exponential_ = plain
-        assert len(self.drawn_shapes) == drawn >= before
-        assert drawn - oldest <= self.window and len(self.states) <= self.window + 1
-        Recorded.most_ahead = max(Recorded.most_ahead, drawn - oldest)
-        return drawn
+    monkeypatch.setattr(torch.Tensor, "exponential_", exponential_)
+    monkeypatch.setattr(Decoding, "begin_round", watched)
+    return seen
 
 
+@pytest.mark.parametrize("draft_length", [0, 4])
 @pytest.mark.parametrize("eos", [False, True])
 def test_noise_is_one_draw_a_step_and_the_generator_ends_where_it_should(
-    make_case, monkeypatch, eos
+    make_case, drawing, eos, draft_length
 ):
     """Draws of one row, or of several steps at once, would be other numbers on a GPU."""
-    monkeypatch.setattr(sampling, "Noise", Recorded)
     case = make_case("qwen2_vl", 7, rows=3, eos=eos, do_sample=True, max_new_tokens=24)
 
     def twice():
-        Recorded.drawn_shapes = []
         first, state = case.generate(), torch.get_rng_state()
-        Recorded.drawn_shapes = []
+        drawing.drawn, drawing.foreseen = [], 0
         second = case.model.generate(**case.inputs, **case.options)
         return first, state, second, torch.get_rng_state()
 
     expected = twice()
-    with std_decode.patched(case.model, **PATCH):
+    with std_decode.patched(case.model, draft_length=draft_length, top_k_keys=6):
         got = twice()
         assert std_decode.last_stats(case.model).mode == "ragged"
     assert all(map(torch.equal, expected, got))
     steps = got[2].shape[1] - case.inputs["input_ids"].shape[1]
-    assert set(Recorded.drawn_shapes) == {(3, 120)} and len(Recorded.drawn_shapes) >= steps
+    assert drawing.drawn == [(3, 120)] * steps
+    assert (drawing.foreseen > 0) == (
+        draft_length > 0
+    )  # without drafts each number costs one draw
 
 
-def test_a_row_far_ahead_waits_when_sampling(make_case, monkeypatch):
+def test_a_row_far_ahead_waits_when_sampling(make_case, drawing, monkeypatch):
     """So that the noise of the steps in between need not be kept."""
-    monkeypatch.setattr(sampling, "Noise", Recorded)
     monkeypatch.setattr("std_decode.generation.NOISE_WINDOW", 8)
     case = make_case("llama", 3, rows=2, do_sample=True, max_new_tokens=40)
     expected, state = case.generate(), torch.get_rng_state()
     forced(monkeypatch, [4, 0])
-    Recorded.drawn_shapes, Recorded.most_ahead = [], 0
     with std_decode.patched(case.model, draft_length=4, top_k_keys=10_000):
         got = case.generate()
         stats = std_decode.last_stats(case.model)
     assert torch.equal(expected, got) and torch.equal(state, torch.get_rng_state())
-    assert Recorded.most_ahead == 8
+    assert drawing.most_ahead == 8
     assert stats.calls["verify"] + stats.calls["dense"] == 39  # as many as the slower row takes
+
+
+def test_a_row_that_has_ended_does_not_lead(make_case, letters, monkeypatch):
+    """It might go further than the batch, by random numbers that are never drawn."""
+    case = make_case("llama", 4, rows=2, do_sample=True, max_new_tokens=40)
+    prompt = case.inputs["input_ids"].shape[1]
+    told = case.generate()[:, prompt:].tolist()
+    words = [letters.decode(told[0][2:4]), letters.decode(told[1][10:13])]
+    options = dict(stop_strings=words, tokenizer=letters)
+    expected, state = case.generate(**options), torch.get_rng_state()
+    assert expected.shape[1] - prompt == 13
+    forced(monkeypatch, [4, 1])
+    plain, behind = Decoding.accept, []
+
+    def accept(self, drafts, logits):
+        kept = plain(self, drafts, logits)
+        assert max(self.rows.at) <= self.choose.noise.drawn
+        behind.append(self.rows.at[0] - self.rows.at[1])
+        return kept
+
+    monkeypatch.setattr(Decoding, "accept", accept)
+    with std_decode.patched(case.model, draft_length=4, top_k_keys=10_000):
+        got = case.generate(**options)
+        assert std_decode.last_stats(case.model).mode == "ragged"
+    assert torch.equal(expected, got) and torch.equal(state, torch.get_rng_state())
+    assert max(behind) > 0  # as long as it has not ended it does
 
 
 @pytest.mark.parametrize("rows", [1, 3])

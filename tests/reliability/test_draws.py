@@ -6,7 +6,7 @@ import torch
 import std_decode
 from std_decode.loop import Decoding
 from std_decode.rows import Rows
-from std_decode.sampling import Noise
+from std_decode.noise import Noise
 from tests.reliability.draws import (
     DRAWS, KINDS, PATCH, VOCABULARY, believing, draw, exact, make_model, p_value,
 )  # fmt: skip
