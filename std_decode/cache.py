@@ -253,6 +253,11 @@ class SparseToDenseCache(Cache):
         for index, layer in enumerate(self.layers):
             layer.past = template.layers[index] if self.longest else None
 
+    def __bool__(self) -> bool:
+        # Phi-3 has a prompt beyond the switch of its RoPE read without a cache, where there is one
+        # that it takes for shorter. A DynamicCache that has no layers yet is False as well.
+        return not self.prefilling or self.longest > 0
+
     @property
     def selecting_layers(self) -> list[BufferLayer]:
         return [layer for layer in self.layers if not layer.is_sliding]

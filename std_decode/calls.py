@@ -22,6 +22,7 @@ from transformers.generation.stopping_criteria import (
     StopStringCriteria,
 )
 
+from std_decode import rope
 from std_decode.cache import CACHE
 from std_decode.changes import training_part
 from std_decode.eligibility import CACHE_LAYERS
@@ -29,7 +30,6 @@ from std_decode.sampling import STATELESS
 
 _CRITERIA = {EosTokenCriteria, MaxLengthCriteria, StopStringCriteria}
 _STREAMERS = {type(None), TextStreamer, TextIteratorStreamer, AsyncTextIteratorStreamer}
-_POSITION_DEPENDENT_ROPE = {"dynamic", "longrope"}
 
 
 def fallback_reason(
@@ -75,8 +75,8 @@ def fallback_reason(
         return "the attention mask does not fit the prompt and the cache given"
     if mask is not None and not _is_left_padded(mask):
         return "the attention mask is not zeros, then ones in every row"
-    if _rope_depends_on_length(model, past + new, input_ids, config, kwargs["position_ids"]):
-        return "the model's RoPE depends on the sequence length at this length"
+    if not _rope_is_constant(model, past, new, input_ids, config, kwargs["position_ids"]):
+        return "the model's RoPE depends on the sequence length, and changes within this call"
     return model._std_decode.tried.reason(model, len(input_ids))
 
 
@@ -159,24 +159,24 @@ def left_padding(mask: Tensor | None) -> Tensor | None:
     return (mask == 0).sum(dim=1, dtype=torch.int32)
 
 
-def _rope_depends_on_length(
+def _rope_is_constant(
     model: PreTrainedModel,
-    prompt: int,
+    past: int,
+    new: int,
     input_ids: Tensor,
     config: GenerationConfig,
     position_ids: Tensor,
 ) -> bool:
-    """Whether a token's rotation may depend on what it is fed with, or on what was before."""
-    decoder = model.get_decoder().config
-    rope = getattr(decoder, "rope_parameters", None) or {}
-    nested = [value for value in rope.values() if isinstance(value, dict)] or [rope]
-    nested = [one for one in nested if one.get("rope_type") in _POSITION_DEPENDENT_ROPE]
-    if not nested:
-        return False
-    # The caller's own positions, or those of a video, may be ahead of the number of tokens.
-    last = max(prompt, int(position_ids.max()) + 1) + config.max_length - input_ids.shape[1]
-    # "dynamic" goes by the last of these, "longrope" by the first that there is.
-    lengths = [one.get("original_max_position_embeddings") for one in nested]
-    lengths.append(getattr(decoder, "original_max_position_embeddings", None))
-    lengths.append(decoder.max_position_embeddings)
-    return last > min(filter(None, lengths))
+    """Whether a token's rotation cannot depend on what it is fed with, or on what was before."""
+    decoder = model.get_decoder()
+    if not rope.follows_length(decoder):
+        return True
+    # The caller's own positions, or those of a video, may be ahead of the number of tokens. Of the
+    # positions on several axes (Qwen-VL's) RoPE may go by any.
+    prefill, step = (
+        torch.atleast_2d(position_ids[..., -count:]).flatten(-2).amax(-1) for count in (new, 1)
+    )
+    shortest = min(past + new, int(prefill.min()) + 1, int(step.min()) + 2)
+    read = max(0, config.max_length - input_ids.shape[1] - 1)  # new ones; the last never is
+    longest = max(past + new, int(position_ids.max()) + 1) + read
+    return rope.is_constant(decoder, past, shortest, longest)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from std_decode import rope
 from std_decode.attention import uncompiled
 from std_decode.cache import CACHE, BufferLayer, SparseToDenseCache
 from std_decode.engine import Engine
@@ -94,7 +95,8 @@ def attention_layers(model: PreTrainedModel, rows: int = 1) -> dict[int, nn.Modu
             f"patch: {name} has {len(found)} causal attention modules for "
             f"{config.num_hidden_layers} decoder layers, expected one each; {SUPPORTED}"
         )
-    with _as_in_evaluation(model), torch.autocast(_input_device(model).type, enabled=False):
+    autocast = torch.autocast(_input_device(model).type, enabled=False)
+    with _as_in_evaluation(model), rope.unchanged(decoder), autocast:
         _probe(model, decoder, layers, rows)
     return layers
 

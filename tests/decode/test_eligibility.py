@@ -428,9 +428,10 @@ def test_a_cache_that_fits_is_accelerated(make_case, count):
 @pytest.mark.parametrize("over", [0, 1])
 @pytest.mark.parametrize("kind", ["dynamic", "longrope"])
 def test_rope_that_depends_on_the_length(make_case, kind, over):
-    """90 tokens of prompt and 16 new ones are one more than the original length, or just it."""
+    """90 tokens of prompt and 16 new ones, of which the last is never read, are one more than the
+    original length, or just it."""
     case = make_case("llama", seed=11)
-    original = 90 + 16 - over
+    original = 90 + 15 - over
     rope = dict(rope_type=kind, rope_theta=1e4, factor=8.0)
     fields = {**SMALL, "max_position_embeddings": original}
     if kind == "longrope":
@@ -460,7 +461,7 @@ def test_positions_that_are_ahead_of_the_number_of_tokens(make_case, kind, ahead
     And "dynamic" by the length that the model was made for, whatever else the rope states.
     """
     case = make_case("llama", seed=11)
-    last = 90 + 16 + 150 - ahead
+    last = 90 + 15 + 150 - ahead
     rope = dict(rope_type=kind, rope_theta=1e4, factor=8.0, original_max_position_embeddings=last)
     if kind == "longrope":
         rope.update(short_factor=[1.0] * 8, long_factor=[4.0] * 8)
