@@ -298,12 +298,10 @@ def test_embedded_prompts_whose_ids_are_given_too(make_case):
 
 
 def masks(given):
-    holes, two, half = given.clone(), given.clone(), given.float()
-    holes[:, 40:50] = 0
+    two, half = given.clone(), given.float()
     two[0] = 2
     half[0, :5] = 0.5  # the other rows begin with zeros
     return {
-        "holes": holes,
         "right padding": given.flip(1),
         "nothing valid": given * 0,
         "twos": two,
@@ -311,11 +309,19 @@ def masks(given):
     }
 
 
-@pytest.mark.parametrize("name", ["holes", "right padding", "nothing valid", "twos", "halves"])
-def test_masks_that_are_not_left_padding(make_case, name):
+@pytest.mark.parametrize("name", ["right padding", "nothing valid", "twos", "halves"])
+def test_masks_that_are_not_zeros_and_ones_that_end_with_a_one(make_case, name):
     case = make_case("llama", seed=10, rows=3)
     case.inputs["attention_mask"] = masks(case.inputs["attention_mask"])[name]
-    assert_runs_as_unpatched(case, "attention mask is not zeros, then ones")
+    assert_runs_as_unpatched(case, "attention mask is not made of zeros and ones")
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gemma3", "gpt_oss", "muse_glimmer"])
+def test_holes_in_the_mask_of_a_model_with_sliding_windows(make_case, family):
+    """A window is so many tokens wide, masked ones included."""
+    case = make_case(family, seed=10, rows=3)
+    case.inputs["attention_mask"][:, -50:-40] = 0
+    assert_runs_as_unpatched(case, "attention mask has holes, which count in the model's sliding")
 
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.float32])
