@@ -313,6 +313,8 @@ def _attention(
 def _score_prompt(
     cache: SparseToDenseCache, selection: Selection, query: Tensor, key: Tensor, options: dict
 ) -> Tensor:
+    if cache.order is not None:
+        key = key.take_along_dim(_on(query, cache.order)[:, None, :, None], dim=2)
     return score_keys(
         query[:, :, -selection.window :],
         key,

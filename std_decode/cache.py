@@ -72,7 +72,8 @@ class BufferLayer(CacheLayerMixin):
             first = length - old.shape[2]  # a sliding window has forgotten what came before
             new[:, :, :first] = 0  # masked at prefill, but read
             new[:, :, first:length] = old
-            if first == 0:  # the caller's cache need not hold the same tokens a second time
+            # The caller's cache need not hold the same tokens a second time, in the same order.
+            if first == 0 and self.owner.order is None:
                 setattr(past, name, new[:, :, :length])
 
     def update(self, key_states: Tensor, value_states: Tensor, *_, **__) -> tuple[Tensor, Tensor]:
@@ -112,6 +113,13 @@ class BufferLayer(CacheLayerMixin):
         self.keys[:, :, start:end] = key_states
         self.values[:, :, start:end] = value_states
         return self.keys[:, :, :end], self.values[:, :, :end]
+
+    def arrange(self, order: Tensor) -> None:
+        """Put the first S tokens of each row in this order, ``[B, S]``."""
+        index = order.to(self.device)[:, None, :, None]
+        for buffer in (self.keys, self.values):
+            tokens = buffer[:, :, : order.shape[1]]
+            tokens.copy_(tokens.take_along_dim(index, dim=2))
 
     def grow(self, capacity: int) -> None:
         for name in ("keys", "values"):
@@ -214,7 +222,9 @@ class SparseToDenseCache(Cache):
     Attributes:
         template: the DynamicCache that generate made or its caller gave. The call goes on from its
             tokens, and it gets the new ones at the end.
-        kv_start: first valid position of each row, int32 ``[B]``, or None without left padding.
+        kv_start: first valid position of each row, int32 ``[B]``, or None where none is masked.
+        order: what the prompt's tokens are put in once they are read, so that the masked ones come
+            first, ``[B, S]``; the caller's cache gets them as they were. None: they do already.
         lengths: accepted tokens of each row, int64 ``[B]``.
         longest: the largest of them, as the host knows it.
         ahead: drafts of this round that lie behind them, int64 ``[1]``.
@@ -241,13 +251,19 @@ class SparseToDenseCache(Cache):
         self.ahead = torch.zeros(1, dtype=torch.int64, device=device)
         self.tail_start = torch.zeros(batch, dtype=torch.int32, device=device)
         self.kv_start: Tensor | None = None
+        self.order: Tensor | None = None
         self.is_prompt: Tensor | None = None
         self._rows = torch.arange(batch, device=device)[:, None]
         self.answer: Any = None
 
-    def start(self, template: DynamicCache, kv_start: Tensor | None = None) -> None:
+    def start(
+        self,
+        template: DynamicCache,
+        kv_start: Tensor | None = None,
+        order: Tensor | None = None,
+    ) -> None:
         """Begin a call that goes on from the tokens of `template`."""
-        self.template = template
+        self.template, self.order = template, order
         self.longest, self.prompt = template.get_seq_length(), 0
         self.prefilling = True
         self.lengths.fill_(self.longest)
@@ -258,6 +274,11 @@ class SparseToDenseCache(Cache):
             self.kv_start.copy_(kv_start)
         for index, layer in enumerate(self.layers):
             layer.past = template.layers[index] if self.longest else None
+
+    def __bool__(self) -> bool:
+        # Phi-3 has a prompt beyond the switch of its RoPE read without a cache, where there is one
+        # that it takes for shorter. A DynamicCache that has no layers yet is False as well.
+        return not self.prefilling or self.longest > 0
 
     @property
     def selecting_layers(self) -> list[BufferLayer]:
@@ -301,6 +322,9 @@ class SparseToDenseCache(Cache):
         self.advance(new_tokens, self.longest + new_tokens)
         self.tail_start.copy_(self.lengths)
         self.prompt = self.longest
+        if self.order is not None:
+            for layer in self.layers:
+                layer.arrange(self.order)
         if self.is_prompt is not None:
             self.is_prompt.zero_()[..., : self.prompt] = 1
         self.prefilling = False
@@ -316,8 +340,11 @@ class SparseToDenseCache(Cache):
             All or nothing: where memory ends half-way, no layer keeps tokens that others lack.
         """
         before = [_Length(layer) for layer in self.template.layers]
+        back = None if self.order is None else self.order.argsort(dim=1)
         try:
             for index, layer in enumerate(self.layers):
+                if back is not None:
+                    layer.arrange(back)
                 known = before[index].tokens if index < len(before) else 0
                 new = slice(known, self.longest)
                 self.template.update(layer.keys[:, :, new], layer.values[:, :, new], index)

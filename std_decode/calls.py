@@ -22,6 +22,7 @@ from transformers.generation.stopping_criteria import (
     StopStringCriteria,
 )
 
+from std_decode import rope
 from std_decode.cache import CACHE
 from std_decode.changes import training_part
 from std_decode.eligibility import CACHE_LAYERS
@@ -29,7 +30,6 @@ from std_decode.sampling import STATELESS
 
 _CRITERIA = {EosTokenCriteria, MaxLengthCriteria, StopStringCriteria}
 _STREAMERS = {type(None), TextStreamer, TextIteratorStreamer, AsyncTextIteratorStreamer}
-_POSITION_DEPENDENT_ROPE = {"dynamic", "longrope"}
 
 
 def fallback_reason(
@@ -73,10 +73,12 @@ def fallback_reason(
         return "the cache given already holds the whole prompt"
     if mask is not None and mask.shape != (len(input_ids), past + new):
         return "the attention mask does not fit the prompt and the cache given"
-    if mask is not None and not _is_left_padded(mask):
-        return "the attention mask is not zeros, then ones in every row"
-    if _rope_depends_on_length(model, past + new, input_ids, config, kwargs["position_ids"]):
-        return "the model's RoPE depends on the sequence length at this length"
+    if mask is not None and not _ends_with_ones(mask):
+        return "the attention mask is not made of zeros and ones, the last of every row a one"
+    if any(_windows(model)) and holes_first(mask) is not None:
+        return "the attention mask has holes, which count in the model's sliding windows"
+    if not _rope_is_constant(model, past, new, input_ids, config, kwargs["position_ids"]):
+        return "the model's RoPE depends on the sequence length, and changes within this call"
     return model._std_decode.tried.reason(model, len(input_ids))
 
 
@@ -88,10 +90,7 @@ def _cache_reason(model: PreTrainedModel, cache: Any, batch: int) -> str | None:
         return "the cache given has layers of another kind than DynamicCache makes"
     if not cache.get_seq_length():
         return None
-    windows = [
-        getattr(layer, "sliding_window", None)
-        for layer in DynamicCache(config=model.get_decoder().config).layers
-    ]
+    windows = _windows(model)
     for layer, window in zip(cache.layers, windows):
         if getattr(layer, "sliding_window", window) != window:
             return "the cache given has other sliding windows than the model"
@@ -101,6 +100,12 @@ def _cache_reason(model: PreTrainedModel, cache: Any, batch: int) -> str | None:
     if any(layer.keys.shape[0] != batch for layer in cache.layers):
         return "the cache given has another batch size than the prompt"
     return None
+
+
+def _windows(model: PreTrainedModel) -> list[int | None]:
+    """The sliding window of each layer."""
+    layers = DynamicCache(config=model.get_decoder().config).layers
+    return [getattr(layer, "sliding_window", None) for layer in layers]
 
 
 def prompt_parts(
@@ -147,36 +152,51 @@ def lockstep_reason(
     return next((reason for reason, applies in reasons.items() if applies), None)
 
 
-def _is_left_padded(mask: Tensor) -> bool:
-    steps = mask[:, 1:] >= mask[:, :-1]
-    return bool((steps.all() & (mask[:, -1] == 1).all() & ((mask == 0) | (mask == 1)).all()))
+def _ends_with_ones(mask: Tensor) -> bool:
+    return bool(((mask[:, -1] == 1).all() & ((mask == 0) | (mask == 1)).all()))
 
 
-def left_padding(mask: Tensor | None) -> Tensor | None:
-    """First valid position of each row, int32 ``[B]``; None where no row is padded."""
+def masked(mask: Tensor | None) -> Tensor | None:
+    """How many tokens of each row are masked, int32 ``[B]``; None where none is."""
     if mask is None or bool(mask.all()):
         return None
     return (mask == 0).sum(dim=1, dtype=torch.int32)
 
 
-def _rope_depends_on_length(
+def holes_first(mask: Tensor | None) -> Tensor | None:
+    """The order of each row's tokens that has the masked ones first, ``[B, S]``.
+
+    None where they are first already. The others stay in order, and rotated as they are: where a
+    key lies tells attention nothing but who may see it.
+    """
+    if mask is None or bool((mask[:, 1:] >= mask[:, :-1]).all()):
+        return None
+    return mask.int().argsort(dim=1, stable=True)
+
+
+def newest_run(mask: Tensor) -> Tensor:
+    """How many tokens at the end of each row no hole comes between, ``[B]``."""
+    return mask.flip(1).int().cumprod(dim=1).sum(dim=1)
+
+
+def _rope_is_constant(
     model: PreTrainedModel,
-    prompt: int,
+    past: int,
+    new: int,
     input_ids: Tensor,
     config: GenerationConfig,
     position_ids: Tensor,
 ) -> bool:
-    """Whether a token's rotation may depend on what it is fed with, or on what was before."""
-    decoder = model.get_decoder().config
-    rope = getattr(decoder, "rope_parameters", None) or {}
-    nested = [value for value in rope.values() if isinstance(value, dict)] or [rope]
-    nested = [one for one in nested if one.get("rope_type") in _POSITION_DEPENDENT_ROPE]
-    if not nested:
-        return False
-    # The caller's own positions, or those of a video, may be ahead of the number of tokens.
-    last = max(prompt, int(position_ids.max()) + 1) + config.max_length - input_ids.shape[1]
-    # "dynamic" goes by the last of these, "longrope" by the first that there is.
-    lengths = [one.get("original_max_position_embeddings") for one in nested]
-    lengths.append(getattr(decoder, "original_max_position_embeddings", None))
-    lengths.append(decoder.max_position_embeddings)
-    return last > min(filter(None, lengths))
+    """Whether a token's rotation cannot depend on what it is fed with, or on what was before."""
+    decoder = model.get_decoder()
+    if not rope.follows_length(decoder):
+        return True
+    # The caller's own positions, or those of a video, may be ahead of the number of tokens. Of the
+    # positions on several axes (Qwen-VL's) RoPE may go by any.
+    prefill, step = (
+        torch.atleast_2d(position_ids[..., -count:]).flatten(-2).amax(-1) for count in (new, 1)
+    )
+    shortest = min(past + new, int(prefill.min()) + 1, int(step.min()) + 2)
+    read = max(0, config.max_length - input_ids.shape[1] - 1)  # new ones; the last never is
+    longest = max(past + new, int(position_ids.max()) + 1) + read
+    return rope.is_constant(decoder, past, shortest, longest)

@@ -10,6 +10,7 @@ from torch import nn
 from transformers import DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from std_decode import rope
 from std_decode.cache import CACHE
 from std_decode.implementation import foreign_attention
 from std_decode.trial import Failed, input_device, try_attention
@@ -44,7 +45,8 @@ def attention_layers(model: PreTrainedModel, rows: int = 1) -> dict[int, nn.Modu
         foreign = foreign_attention(model, layers)
         if foreign is not None:
             raise Failed(f"{type(model).__name__} {foreign}")
-        with _as_in_evaluation(model), torch.autocast(input_device(model).type, enabled=False):
+        autocast = torch.autocast(input_device(model).type, enabled=False)
+        with _as_in_evaluation(model), rope.unchanged(model.get_decoder()), autocast:
             try_attention(model, layers, rows)
     except Failed as obstacle:
         raise NotImplementedError(f"patch: {obstacle}; {SUPPORTED}") from None

@@ -124,6 +124,7 @@ class Engine:
         selection: Selection | None,
         stats: DecodeStats,
         twins: Twins | None = None,
+        order: Tensor | None = None,
     ) -> None:
         """Begin a generate call.
 
@@ -134,6 +135,7 @@ class Engine:
             selection: the rules of the prompt; None where nothing will be drafted.
             stats: of this call.
             twins: whose weights drafts read, see `Pass`.
+            order: see `SparseToDenseCache`.
         """
         self.forward, self.selection, self.stats = forward, selection, stats
         self.clock = Clock(stats, self.cache.lengths.device)
@@ -145,7 +147,7 @@ class Engine:
         self.reselects = (
             self.wants_reselection and selection is not None and not selection.complete
         )
-        self.cache.start(template, kv_start)
+        self.cache.start(template, kv_start, order)
 
     def release(self) -> None:
         """Free the buffers now: engine, cache and layers refer to each other in a circle."""

@@ -20,7 +20,14 @@ from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.generation.stopping_criteria import MaxLengthCriteria, StopStringCriteria
 
 from std_decode.cache import CACHE, MOST_NEW_TOKENS
-from std_decode.calls import fallback_reason, left_padding, lockstep_reason, prompt_parts
+from std_decode.calls import (
+    fallback_reason,
+    holes_first,
+    lockstep_reason,
+    masked,
+    newest_run,
+    prompt_parts,
+)
 from std_decode.cost import Workload
 from std_decode.engine import Engine
 from std_decode.lockstep import Lockstep
@@ -167,20 +174,14 @@ def _engine(
     options = model._std_decode
     given, mask = kwargs[CACHE], kwargs.get("attention_mask")
     past, new = prompt_parts(given, input_ids, mask, config)
-    kv_start = left_padding(mask)
+    kv_start, order = masked(mask), holes_first(mask)
     selection = None
     if options.policy.most > 0:
-        visual = visual_tokens(
-            input_ids,
-            model.config,
-            kwargs.get("mm_token_type_ids"),
-            visual_token_ids=options.visual_token_ids,
-            visual_mask=options.visual_mask,
-        )
-        if input_ids.shape[1] == new and past:
-            visual = torch.cat([_visual_past(given, past, visual), visual], dim=1)
-        given._std_decode_visual = visual
-        selection = plan_selection(visual, kv_start, options.top_k_keys, new)
+        visual = _visual(model, input_ids, past, new, kwargs)
+        voters = new
+        if order is not None:
+            visual, voters = visual.gather(1, order), newest_run(mask).clamp(max=new)
+        selection = plan_selection(visual, kv_start, options.top_k_keys, voters)
     twins, weights = options.draft_weights.of_call(model, len(input_ids))
     new_tokens = min(config.max_length - input_ids.shape[1], MOST_NEW_TOKENS)
     room = past + new + new_tokens + options.policy.most + 1
@@ -200,11 +201,27 @@ def _engine(
         if input_ids.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(input_ids.device)
         forward = MethodType(options.original_class.__call__, model)
-        engine.start(forward, given, kv_start, selection, stats, twins)
+        engine.start(forward, given, kv_start, selection, stats, twins, order)
     except BaseException:
         engine.release()  # an earlier call's buffers may be in it
         raise
     return engine
+
+
+def _visual(model: Any, input_ids: Tensor, past: int, new: int, kwargs: dict[str, Any]) -> Tensor:
+    """Which tokens of the prompt are visual, bool ``[B, past + new]``; noted on the cache."""
+    options, given = model._std_decode, kwargs[CACHE]
+    visual = visual_tokens(
+        input_ids,
+        model.config,
+        kwargs.get("mm_token_type_ids"),
+        visual_token_ids=options.visual_token_ids,
+        visual_mask=options.visual_mask,
+    )
+    if input_ids.shape[1] == new and past:
+        visual = torch.cat([_visual_past(given, past, visual), visual], dim=1)
+    given._std_decode_visual = visual
+    return visual
 
 
 def _visual_past(cache: DynamicCache, past: int, like: Tensor) -> Tensor:

@@ -102,7 +102,7 @@ def visual_tokens(
 
 
 def plan_selection(
-    visual: Tensor, kv_start: Tensor | None, top_k_keys: int, new_tokens: int
+    visual: Tensor, kv_start: Tensor | None, top_k_keys: int, new_tokens: int | Tensor
 ) -> Selection:
     """Decide what is kept of a prompt. Reads its shape back to the host once.
 
@@ -110,7 +110,8 @@ def plan_selection(
         visual: bool ``[B, S]``.
         kv_start: first valid position of each row, int32 ``[B]``, or None.
         top_k_keys: candidates to select per layer and KV head.
-        new_tokens: how many of the prompt's tokens prefill reads; only these can vote.
+        new_tokens: how many of the prompt's tokens prefill reads, of all rows or of each ``[B]``;
+            only these can vote.
     """
     batch, length = visual.shape
     position = torch.arange(length, device=visual.device).expand(batch, -1)
@@ -128,9 +129,8 @@ def plan_selection(
     sinks = position < start + SINKS
     always = valid & (sinks | torch.where(has_visual, before | after, newest))
     observers = torch.where(has_visual, length - 1 - last, length)
-    observers = torch.minimum(observers.clamp(1, min(MOST_OBSERVERS, new_tokens)), length - start)[
-        :, 0
-    ]
+    voters = (length - start)[:, 0].clamp(max=new_tokens)
+    observers = torch.minimum(observers[:, 0].clamp(1, MOST_OBSERVERS), voters)
     kept, seen, window = torch.stack([always.sum(1), valid.sum(1), observers]).amax(dim=1).tolist()
     width = min(kept + top_k_keys, MOST_INDICES, length)
     return Selection(

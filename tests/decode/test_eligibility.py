@@ -298,12 +298,10 @@ def test_embedded_prompts_whose_ids_are_given_too(make_case):
 
 
 def masks(given):
-    holes, two, half = given.clone(), given.clone(), given.float()
-    holes[:, 40:50] = 0
+    two, half = given.clone(), given.float()
     two[0] = 2
     half[0, :5] = 0.5  # the other rows begin with zeros
     return {
-        "holes": holes,
         "right padding": given.flip(1),
         "nothing valid": given * 0,
         "twos": two,
@@ -311,11 +309,19 @@ def masks(given):
     }
 
 
-@pytest.mark.parametrize("name", ["holes", "right padding", "nothing valid", "twos", "halves"])
-def test_masks_that_are_not_left_padding(make_case, name):
+@pytest.mark.parametrize("name", ["right padding", "nothing valid", "twos", "halves"])
+def test_masks_that_are_not_zeros_and_ones_that_end_with_a_one(make_case, name):
     case = make_case("llama", seed=10, rows=3)
     case.inputs["attention_mask"] = masks(case.inputs["attention_mask"])[name]
-    assert_runs_as_unpatched(case, "attention mask is not zeros, then ones")
+    assert_runs_as_unpatched(case, "attention mask is not made of zeros and ones")
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gemma3", "gpt_oss", "muse_glimmer"])
+def test_holes_in_the_mask_of_a_model_with_sliding_windows(make_case, family):
+    """A window is so many tokens wide, masked ones included."""
+    case = make_case(family, seed=10, rows=3)
+    case.inputs["attention_mask"][:, -50:-40] = 0
+    assert_runs_as_unpatched(case, "attention mask has holes, which count in the model's sliding")
 
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.float32])
@@ -428,9 +434,10 @@ def test_a_cache_that_fits_is_accelerated(make_case, count):
 @pytest.mark.parametrize("over", [0, 1])
 @pytest.mark.parametrize("kind", ["dynamic", "longrope"])
 def test_rope_that_depends_on_the_length(make_case, kind, over):
-    """90 tokens of prompt and 16 new ones are one more than the original length, or just it."""
+    """90 tokens of prompt and 16 new ones, of which the last is never read, are one more than the
+    original length, or just it."""
     case = make_case("llama", seed=11)
-    original = 90 + 16 - over
+    original = 90 + 15 - over
     rope = dict(rope_type=kind, rope_theta=1e4, factor=8.0)
     fields = {**SMALL, "max_position_embeddings": original}
     if kind == "longrope":
@@ -460,7 +467,7 @@ def test_positions_that_are_ahead_of_the_number_of_tokens(make_case, kind, ahead
     And "dynamic" by the length that the model was made for, whatever else the rope states.
     """
     case = make_case("llama", seed=11)
-    last = 90 + 16 + 150 - ahead
+    last = 90 + 15 + 150 - ahead
     rope = dict(rope_type=kind, rope_theta=1e4, factor=8.0, original_max_position_embeddings=last)
     if kind == "longrope":
         rope.update(short_factor=[1.0] * 8, long_factor=[4.0] * 8)

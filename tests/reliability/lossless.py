@@ -21,9 +21,9 @@ _HELP = """\
 Generates from random tiny models with random prompts and options, patched and unpatched, and
 compares the tokens, what streamers, processors and criteria saw, and the state of the random
 number generator: any family of tests/decode/families.py with pixels or text; videos, images and
-text in any order; batches, left padding; any draft length each round; few or all keys, re-selected
-or not, or random keys instead of the best, or none; EOS ids; processors and sampling; captured
-passes; buffers that grow in mid-answer; two calls one after the other.
+text in any order; batches, left padding, masks with holes; any draft length each round; few or
+all keys, re-selected or not, or random keys instead of the best, or none; EOS ids; processors and
+sampling; captured passes; buffers that grow in mid-answer; two calls one after the other.
 
 A token may differ where rounding decides between two that are closer than 1e-4
 (tests/decode/margin.py): such ties are printed and counted. Cases come in shards of 100, each

@@ -44,6 +44,8 @@ class Trial:
         weights: seed of the model's.
         rows: the segments of each row's prompt.
         padding: more of it on the left than the shortest rows need, in every row.
+        holes: share of the mask's ones that are zeros instead; never the last of a row, nor what
+            Qwen-VL numbers tokens by, nor in families with sliding windows.
         schedule: seed of the draft length of each round; None: always `most_drafts`.
         most_drafts: of a round, or "auto": by the clock.
         selection: "best" keys, "random" ones, "none", or those "beside" the best.
@@ -61,6 +63,7 @@ class Trial:
     weights: int
     rows: tuple[tuple[Segment, ...], ...]
     padding: int
+    holes: float
     schedule: int | None
     most_drafts: int | str
     top_k_keys: int
@@ -85,6 +88,7 @@ BASE = Trial(
     weights=1,
     rows=((("text", 5), ("video", 4, 3, 3), ("text", 6)),),
     padding=0,
+    holes=0.0,
     schedule=None,
     most_drafts=4,
     top_k_keys=4,
@@ -175,6 +179,7 @@ def trials(draw: Any) -> Trial:
         weights=draw(st.integers(0, 7)),
         rows=tuple(draw(_row) for _ in range(count)),
         padding=draw(st.sampled_from((0, 0, 0, 1, 17))),
+        holes=draw(st.sampled_from((0.0, 0.0, 0.0, 0.05, 0.5))),
         schedule=schedule,
         most_drafts=most_drafts,
         top_k_keys=draw(st.sampled_from((1, 2, 4, 8, 20, 50, 10_000))),
@@ -210,13 +215,17 @@ def model_of(family: str, layers: int, kv_heads: int, weights: int) -> Any:
 
 
 def prompt_of(trial: Trial, seed: int) -> dict[str, Tensor]:
-    """What a processor would give: token ids, left-padded, and pixels."""
+    """What a processor would give: token ids, left-padded, and pixels; and holes in the mask."""
     torch.manual_seed(seed)
     make = _qwen if trial.family in QWEN else _one_size
     texts, more = make(trial)
     length = max(map(len, texts)) + trial.padding
     ids = torch.tensor([[PAD] * (length - len(text)) + text for text in texts])
     mask = torch.tensor([[0] * (length - len(text)) + [1] * len(text) for text in texts])
+    if trial.holes and trial.family not in FIXED_LAYERS:
+        holes = torch.rand(mask.shape) < trial.holes
+        holes[:, -1] = False
+        mask[holes & ((ids < 99) | torch.tensor(trial.family not in QWEN))] = 0
     inputs = {"input_ids": ids, "attention_mask": mask, **more}
     if trial.family in QWEN:
         inputs["mm_token_type_ids"] = (ids == VIDEO).int() * 2 + (ids == IMAGE).int()
@@ -430,7 +439,10 @@ def _patched(trial: Trial, model: Any, prompts: list, options: dict) -> tuple[li
     if trial.family in TEXTUAL:
         patch["visual_token_ids"] = [VIDEO, IMAGE]
     outputs, stats = [], []
-    with std_decode.patched(model, **patch), surroundings(trial):
+    with std_decode.patched(model, **patch), ExitStack() as stack:
+        if trial.draft_weights:  # changed layers are tried again, with a selection that is sound
+            model.generate(**prompts[0], max_new_tokens=1, pad_token_id=PAD)
+        stack.enter_context(surroundings(trial))
         if trial.schedule is not None:
             model._std_decode.policy = Schedule(trial.schedule, int(trial.most_drafts))
         torch.manual_seed(trial.seed)
