@@ -64,7 +64,7 @@ def attention_parts(model: PreTrainedModel, layers: dict[int, nn.Module]) -> tup
     decoder = model.get_decoder()
     name = attention_name(decoder.config)
     modules = [
-        (ref(module), type(module).forward, vars(module).get("forward"))
+        (ref(module), type(module).forward, _own_forward(module))
         for _, module in _down_to(decoder, layers.values())
     ]
     try:
@@ -92,8 +92,8 @@ def _home(kind: type) -> str:
     return kind.__module__.partition(".")[0]
 
 
-def _replaced_forward(module: nn.Module) -> Callable | None:
-    """What `module` runs instead of the forward that its class was written with, or None."""
+def _own_forward(module: nn.Module) -> Any:
+    """What stands in an instance for its class's forward, beneath what only wraps it, or None."""
     own: Any = vars(module).get("forward")
     while own is not None:
         if hasattr(own, "_torchdynamo_orig_callable"):  # as torch.compile(model.forward) has it
@@ -102,7 +102,13 @@ def _replaced_forward(module: nn.Module) -> Callable | None:
             own = getattr(module, "_old_forward", None)  # moves tensors there and back
         else:
             break
-    if own is not None and getattr(own, "__func__", own) is not type(module).forward:
+    return None if getattr(own, "__func__", own) is type(module).forward else own
+
+
+def _replaced_forward(module: nn.Module) -> Callable | None:
+    """What `module` runs instead of the forward that its class was written with, or None."""
+    own = _own_forward(module)
+    if own is not None:
         return own
     owner = next(kind for kind in type(module).__mro__ if "forward" in vars(kind))
     forward = vars(owner)["forward"]

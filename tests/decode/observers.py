@@ -35,13 +35,17 @@ class Streams(BaseStreamer):
 
 @contextmanager
 def interposed(module: nn.Module, before: Callable[..., Any]) -> Iterator[None]:
-    """Call `before` with what each forward of `module` gets. Of a hook a call would take note."""
+    """Call `before` with what each forward of `module` gets.
+
+    Of a hook a call would take note, and of another forward, unless that is a compiled one.
+    """
     forward = module.forward
 
     def interpose(*args: Any, **kwargs: Any) -> Any:
         before(*args, **kwargs)
         return forward(*args, **kwargs)
 
+    interpose._torchdynamo_orig_callable = forward  # type: ignore[attr-defined]
     module.forward = interpose
     try:
         yield

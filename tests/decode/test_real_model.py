@@ -1,0 +1,40 @@
+"""What tiny random models flatter, tried on a pretrained one (`tests/decode/real.py`)."""
+
+import pytest
+import torch
+
+import std_decode
+from tests.decode.conftest import Case
+from tests.decode.real import ask, load
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_it_is_accepted_in_every_dtype(dtype):
+    """Its states differ by 18% in bfloat16 when tokens are fed one at a time: by rounding."""
+    _, model = load(dtype)
+    std_decode.patch(model)
+    std_decode.unpatch(model)
+
+
+@pytest.mark.parametrize("sampled", [False, True])
+def test_the_same_tokens_in_float32(sampled):
+    tokenizer, model = load(torch.float32)
+    for number in (0, 20):
+        case = Case(model, ask(tokenizer, 400, number), dict(max_new_tokens=32, do_sample=sampled))
+        expected = case.generate()
+        for options in (dict(draft_length=4), dict(draft_length=0), dict(draft_length="auto")):
+            with std_decode.patched(model, top_k_keys=64, **options):
+                got = case.generate()
+                stats = std_decode.last_stats(model)
+            assert stats.fallback is None
+            case.assert_same_tokens(expected, got)
+            if options["draft_length"] == 4:
+                assert stats.acceptance_rate > 0.4
+
+
+def test_the_same_tokens_in_bfloat16_without_drafts():
+    tokenizer, model = load(torch.bfloat16)
+    case = Case(model, ask(tokenizer, 400), dict(max_new_tokens=32, do_sample=False))
+    expected = case.generate()
+    with std_decode.patched(model, draft_length=0):
+        assert torch.equal(case.generate(), expected)
