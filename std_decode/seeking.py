@@ -53,10 +53,13 @@ def read_index(path: Path, deadline: Deadline) -> Index:
         InputError: cut off, no frames, or no time stamps.
     """
     packets, numbers, keys = array("q"), array("q"), array("q")
+    placed = True
     with open_video(path) as (container, stream):
         source = Packets(container, stream, path, deadline)
         for number, packet in enumerate(source):
             packets.extend((_NEVER if packet.pts is None else packet.pts, packet.size))
+            # One that came in a piece with another may get that one's time after seeking.
+            placed = placed and packet.pos is not None
             if packet.pts is None:
                 continue  # a frame's second field, or a frame, which decoding then shows
             if not packet.is_discard:
@@ -76,7 +79,7 @@ def read_index(path: Path, deadline: Deadline) -> Index:
         chosen = chosen[_decodable(path, table[chosen, 0], int(later), deadline)]
     if not len(chosen):
         raise no_frames(path)
-    seeks = not source.joined and bool((np.diff(times) > 0).all())
+    seeks = placed and not source.joined and bool((np.diff(times) > 0).all())
     return Index(table, chosen, key_numbers, starts, time_base, seeks)
 
 
@@ -112,7 +115,8 @@ def _runs(index: Index, wanted: list[int], back: int) -> list[_Run]:
         while key >= 0 and times[key] > stamps[high]:  # an open GOP's, of the one before
             key -= 1
         low = int(np.searchsorted(stamps, times[key])) if key >= 0 else 0
-        first = int(index.keys[key - back]) if key >= back else 0
+        # The first one is seen as from the file's beginning, whatever it lacks.
+        first = int(index.keys[key - back]) if high and key >= back else 0
         last = int(lasts[high]) + _MORE
         if runs and first <= runs[-1].last + 1:
             runs[-1].last, runs[-1].high = last, high
@@ -209,7 +213,6 @@ class _Reader:
             self.deadline.check()
             mark = _mark(packet)
             key = int(np.searchsorted(self.times, mark[0]))
-            # By its size too: the time may be that of another, where several came in one piece.
             if key < len(self.times) and self._at(self.index.keys[key]) == mark:
                 return int(self.index.keys[key]), packet, packets
         return None
