@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import bisect
 import math
-from array import array
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
-from fractions import Fraction
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from std_decode.media import MOST_PACKETS, Deadline, InputError, open_video
+from std_decode.media import Deadline, InputError, open_video
+from std_decode.packets import shown
+from std_decode.seeking import Index, decode_runs, read_index
 
 # Decoded frames in memory come to 192 MiB at most, however long and large the video is.
 MOST_PIXELS = 2**26
@@ -27,8 +25,8 @@ class Video:
     Attributes:
         frames: RGB, uint8 ``[F, H, W, 3]``.
         indices: of these frames among the `total` ones, ascending.
-        total: frames in the file.
-        fps: of the file, on average.
+        total: frames that a player shows of the file.
+        fps: of these, on average.
     """
 
     frames: np.ndarray
@@ -44,51 +42,66 @@ class Video:
 def read_video(path: Path, frames: int) -> Video:
     """Decode at most `frames` frames (1 to 4096) of any video file, evenly over its length.
 
-    Seeks to what it needs. Frames are made smaller where all of them would have more than 2^26
-    pixels, and turned upright as the file says.
+    Frames and their times are those that a player shows: without what an edit list hides, and one
+    after another where recordings were joined. Seeks to what it needs, and decodes the whole file
+    only where its packets do not tell its frames. Frames are made smaller where all of them would
+    have more than 2^26 pixels, and turned upright as the file says.
 
     Raises:
         InputError: missing, a folder, empty, no video, cut off, without time stamps, or too large
             (see media.py).
     """
     deadline = Deadline(path)
-    with open_video(path) as (container, stream):
-        stamps, keys = _time_stamps(container, stream, path, deadline)
+    index = read_index(path, deadline)
+    stamps = index.stamps
+    wanted = _evenly(stamps, frames)
+    pictures = _seek(path, index, wanted, deadline)
+    if pictures is None:
+        stamps = _all_stamps(path, deadline)
         wanted = _evenly(stamps, frames)
-        pictures = _decode(container, stream, stamps[wanted].tolist(), keys, deadline)
-        time_base = stream.time_base or Fraction(1)
-    if len(pictures) < len(wanted):
-        raise InputError(f"{path}: truncated: some frames cannot be decoded")
-    since = [float((int(stamps[i]) - int(stamps[0])) * time_base) for i in (*wanted, -1)]
+        pictures = _decode_all(path, wanted, deadline)
+    since = [float((int(stamps[i]) - int(stamps[0])) * index.time_base) for i in (*wanted, -1)]
     length = since.pop()
     fps = (len(stamps) - 1) / length if length else 1.0
     return Video(np.stack(pictures), [round(x * fps) for x in since], len(stamps), fps)
 
 
-def _time_stamps(
-    container: Any, stream: Any, path: Path, deadline: Deadline
-) -> tuple[np.ndarray, list[tuple[int, int]]]:
-    """Of all frames, int64, and of those that decoding can start at, with their decoding times."""
-    stamps, keys = array("q"), []
-    for packet in container.demux(stream):
-        if not packet.size:
+def _seek(
+    path: Path, index: Index, wanted: list[int], deadline: Deadline
+) -> list[np.ndarray] | None:
+    """The wanted pictures, or None where the packets do not tell the frames.
+
+    That is seen where more, fewer or other frames are decoded than the packets say: two fields or
+    hidden pictures in packets of their own, two frames in one packet, damage.
+    """
+    # Once more from further back: where no picture is whole, but a part of each is renewed, all
+    # are right from the next key frame but one on. And without seeking, which may have led astray.
+    for seek, back in ((True, 0), (False, 2)):
+        if seek and not index.seeks:
             continue
-        if packet.pts is None:
-            raise InputError(
-                f"{path}: has no time stamps; put it into a container: ffmpeg -i {path.name} "
-                "-c copy new.mp4"
-            )
-        if len(stamps) == MOST_PACKETS:
-            raise InputError(f"{path}: more than {MOST_PACKETS:,} frames; cut it")
-        stamps.append(packet.pts)
-        if packet.is_keyframe:
-            keys.append((packet.pts, packet.pts if packet.dts is None else packet.dts))
-        deadline.check()
-    if not stamps:
-        raise InputError(f"{path}: has no frames, or is truncated")
-    if len(stamps) < stream.frames:
-        raise InputError(f"{path}: truncated: {len(stamps)} of {stream.frames} frames are there")
-    return np.unique(np.array(stamps)), sorted(keys)
+        with open_video(path) as (container, stream):
+            frames = decode_runs(container, stream, path, index, wanted, deadline, seek, back)
+            pictures = _pictures(frames, len(wanted))
+        if len(pictures) == len(wanted):
+            return pictures
+    return None
+
+
+def _all_stamps(path: Path, deadline: Deadline) -> np.ndarray:
+    """When each frame is shown, by decoding all, int64 ``[total]``."""
+    with open_video(path) as (container, stream):
+        times = [time for time, _ in shown(container, stream, path, deadline)]
+    return np.sort(np.array(times, np.int64))
+
+
+def _decode_all(path: Path, wanted: list[int], deadline: Deadline) -> list[np.ndarray]:
+    chosen = set(wanted)
+    with open_video(path) as (container, stream):
+        frames = (frame for _, frame in shown(container, stream, path, deadline))
+        pictures = _pictures((f for i, f in enumerate(frames) if i in chosen), len(wanted))
+    if len(pictures) < len(wanted):
+        raise InputError(f"{path}: truncated: some frames cannot be decoded")
+    return pictures
 
 
 def _evenly(stamps: np.ndarray, frames: int) -> list[int]:
@@ -102,46 +115,14 @@ def _evenly(stamps: np.ndarray, frames: int) -> list[int]:
     return sorted(set((at - (times - before[0] < before[1] - times)).tolist()))
 
 
-def _decode(
-    container: Any,
-    stream: Any,
-    wanted: list[int],
-    keys: list[tuple[int, int]],
-    deadline: Deadline,
-) -> list[np.ndarray]:
-    """The pictures at these time stamps, as far as they are there, all of the first one's size."""
+def _pictures(frames: Iterable[Any], most: int) -> list[np.ndarray]:
+    """At most so many, upright and all of the first one's size."""
     pictures: list[np.ndarray] = []
-    source, at = None, -math.inf  # where decoding has come to
-    shape: tuple[int, int] | None = None
-    turns = 0
-    for stamp in wanted:
-        key = bisect.bisect_right(keys, (stamp, math.inf)) - 1
-        if source is None or (key >= 0 and keys[key][0] > at):
-            source = _frames_from(container, stream, stamp, keys[max(0, key - 2) : key + 1])
-        for frame in source:
-            deadline.check()
-            at = frame.pts if frame.pts is not None else at
-            if at >= stamp:
-                if shape is None:
-                    shape, turns = _size(frame, len(wanted)), round(frame.rotation / 90) % 4
-                pictures.append(_picture(frame, *shape, turns))
-                break
+    for frame in frames:
+        if not pictures:
+            shape, turns = _size(frame, most), round(frame.rotation / 90) % 4
+        pictures.append(_picture(frame, *shape, turns))
     return pictures
-
-
-def _frames_from(
-    container: Any, stream: Any, stamp: int, keys: list[tuple[int, int]]
-) -> Iterator[Any]:
-    """Frames in order, from one on that is not after `stamp`, as near as can be."""
-    # Some formats are sought by showing times, some by decoding times, which are earlier; where
-    # both come out too late, further back.
-    for place in (*(time for key in reversed(keys) for time in key), -(2**62)):
-        container.seek(place, stream=stream, backward=True)
-        frames = container.decode(stream)
-        first = next(frames, None)
-        if first is not None and (first.pts is None or first.pts <= stamp):
-            break
-    return chain([] if first is None else [first], frames)
 
 
 def _size(frame: Any, frames: int) -> tuple[int, int]:

@@ -51,7 +51,7 @@ def _too_long(path: Path) -> InputError:
 
 @contextmanager
 def open_video(path: Path) -> Iterator[tuple[Any, Any]]:
-    """PyAV's container and its first video stream.
+    """PyAV's container and its first video stream that is no attached picture.
 
     Raises:
         InputError: missing, a folder, empty, no video, damaged, or too large; also where reading
@@ -97,9 +97,14 @@ def _no_file(path: Path) -> str:
 
 
 def _stream(container: Any, path: Path) -> Any:
+    from av.stream import Disposition
+
     if not container.streams.video:
         raise InputError(f"{path}: has no video stream")
-    stream = container.streams.video[0]
+    films = (s for s in container.streams.video if not s.disposition & Disposition.attached_pic)
+    stream = next(films, None)
+    if stream is None:
+        raise InputError(f"{path}: has no video stream, only a picture attached to it (a cover)")
     context = stream.codec_context
     if context is None:
         raise InputError(f"{path}: its video is of a kind that cannot be decoded")

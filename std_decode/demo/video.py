@@ -19,6 +19,7 @@ from std_decode.demo.camera import (
     draw_seconds,
 )
 from std_decode.media import Deadline, InputError, open_video
+from std_decode.packets import shown
 
 SCALE = 4  # pixels of the file per pixel of the camera
 MOST_SECONDS = 4096  # 16,384 video tokens
@@ -59,18 +60,16 @@ def read(path: Path) -> tuple[np.ndarray, Clip | None]:
     Raises:
         VideoError: missing, a folder, empty, no video, or cut off.
     """
-    deadline = Deadline(path)
     with open_video(path) as (container, stream):
-        frames = _sample(container, stream, path, deadline)
+        frames = _sample(container, stream, path)
         told = container.metadata.get(_TAG, "")
     return frames, _clip(told)
 
 
-def _sample(container: Any, stream: Any, path: Path, deadline: Deadline) -> np.ndarray:
+def _sample(container: Any, stream: Any, path: Path) -> np.ndarray:
     """Two frames a second: at each half second the newest frame there is."""
-    start = float((stream.start_time or 0) * (stream.time_base or 1))
     frames: list[np.ndarray] = []
-    decoded, at, newest = 0, 0.0, None
+    start, at, newest = None, 0.0, None
 
     def show_until(end: float) -> None:
         while newest is not None and len(frames) / FRAMES_PER_SECOND < end:
@@ -80,15 +79,12 @@ def _sample(container: Any, stream: Any, path: Path, deadline: Deadline) -> np.n
                 )
             frames.append(newest)
 
-    for frame in container.decode(stream):
-        decoded += 1
-        deadline.check()
-        at = max(at, (frame.time or 0.0) - start)
+    for stamp, frame in shown(container, stream, path, Deadline(path)):
+        start = stamp if start is None else start
+        at = max(at, float((stamp - start) * (stream.time_base or 1)))
         show_until(at - _SAME_TIME)
         newest = frame.to_ndarray(format="rgb24", width=FRAME, height=FRAME, interpolation="AREA")
     show_until(at + _SAME_TIME)
-    if decoded < stream.frames:
-        raise VideoError(f"{path}: truncated: {decoded} of {stream.frames} frames are there")
     if len(frames) < FRAMES_PER_SECOND:
         raise VideoError(f"{path}: shorter than the one second that a time step takes")
     return np.stack(frames)
