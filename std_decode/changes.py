@@ -59,10 +59,14 @@ class Tried:
         self.layers.update(layers)
         return None
 
+    def take_as_it_is(self, model: PreTrainedModel) -> None:
+        """What `patch` itself has done to the model since the trial is no change of it."""
+        self.parts = self._parts(model)
+
     def _parts(self, model: PreTrainedModel) -> tuple:
         """What a decoder is made of, so that a change shows. Values of weights are none."""
         decoder = model.get_decoder()
-        modules = tuple(ref(module) for module in decoder.modules())
+        modules = tuple((ref(module), type(module)) for module in decoder.modules())
         dtypes = tuple(parameter.dtype for parameter in decoder.parameters())
         return modules, dtypes, attention_parts(model, self.layers)
 

@@ -147,6 +147,7 @@ def patch(
     )
     try:
         drafting.attach()
+        tried.take_as_it_is(target)
         target.__class__ = _patched_class(type(target))
     except BaseException:
         drafting.detach()

@@ -123,6 +123,22 @@ def test_a_change_is_tried_once_and_may_be_undone(make_case, monkeypatch):
     assert len(trials) == 2
 
 
+def test_what_patch_itself_does_is_not_tried_again(make_case, monkeypatch):
+    """4-bit copies change the classes of layers; so may the user, who is noticed."""
+    case = make_case("llama", 1)
+    std_decode.patch(case.model, draft_weights="int4", **PATCH)
+    tried, trial = [], std_decode.changes.attention_layers
+    monkeypatch.setattr(
+        std_decode.changes, "attention_layers", lambda *args: tried.append(1) or trial(*args)
+    )
+    case.generate()
+    assert not tried and std_decode.last_stats(case.model).draft_weights == "int4"
+    mlp = case.model.model.layers[0].mlp
+    mlp.__class__ = type("Other", (type(mlp),), {"__module__": __name__})
+    case.generate()
+    assert tried
+
+
 def test_a_hook_that_was_there_at_patch_is_tried(make_case):
     """One that only looks is no obstacle, one that goes by what is fed at once is."""
     case, seen = make_case("llama", 1), []
