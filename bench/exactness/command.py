@@ -1,4 +1,4 @@
-"""What "the same tokens" means where rounding is coarse, measured on the demo model."""
+"""What "the same tokens" means where rounding is coarse, measured on three kinds of models."""
 
 from __future__ import annotations
 
@@ -8,14 +8,23 @@ from pathlib import Path
 from typing import Any
 
 from bench.arguments import between, new_parser
-from bench.exactness.measure import EVENTS, RANDOM_TOKENS, Found, measure
+from bench.exactness.measure import (
+    EVENTS,
+    RANDOM_TOKENS,
+    READ_TOKENS,
+    SOURCES,
+    Found,
+    measure,
+)
+from bench.models import pretrained
 from bench.records import markdown_table
 
 _HELP = """\
 Narrates clips with the demo model, greedily, and compares texts token by token with those of the
 unpatched model of the same type. The demo model is sure of nearly all it says, so rounding decides
 little; a model of random weights (the tiny shape of bench decode, another for each prompt) is not
-sure of anything, and shows the other end. What is compared:
+sure of anything, and shows the other end. A pretrained one (SmolLM2-135M-Instruct, from packages)
+summarises English texts. What is compared:
 
   drafts        patched, always drafting, and so verifying several tokens at once
   dense path    patched, never drafting
@@ -33,7 +42,8 @@ _EXAMPLES = """\
 examples:
   python -m bench exactness                               50 prompts, some minutes on one core
   python -m bench exactness --prompts 3 --dtypes bfloat16 a trial
-  python -m bench exactness --out bench/results           a section of reliability.md"""
+  python -m bench exactness --out bench/results           a section of reliability.md
+  python -m bench exactness --models pretrained --prompts 10 --dtypes bfloat16"""
 MARGIN = 1e-4  # of log-probability: below it float32 rounding may decide
 BELOW = (0.0, 0.01, 0.03, 0.1, 0.3)
 
@@ -42,12 +52,14 @@ def add_parser(commands: Any) -> None:
     parser = new_parser(
         commands,
         "exactness",
-        "how many tokens differ in bfloat16, and by how little, on the demo model",
+        "how many tokens differ in bfloat16, and by how little",
         _HELP,
         _EXAMPLES,
     )
     add = parser.add_argument
     count = between(int, 1, 2**31)
+    add("--models", nargs="+", default=["demo", "random"], choices=list(SOURCES), metavar="MODEL",
+        help=f"of {', '.join(SOURCES)} (default demo random)")  # fmt: skip
     add("--prompts", type=count, default=50, metavar="N", help="clips, each another (default 50)")
     add("--seconds", type=between(int, EVENTS, 4096), default=256, metavar="N",
         help="length of a clip, 4 video tokens each (default 256)")  # fmt: skip
@@ -68,12 +80,18 @@ def run(options: argparse.Namespace) -> int:
 
     from bench.sections import RELIABILITY, about, write_section
 
+    if "pretrained" in options.models and not pretrained.installed():
+        print(f"bench exactness: no pretrained model; {pretrained.INSTALL}", file=sys.stderr)
+        return 2
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     found = measure(options, torch.device(device))
     text = section(options, found, about(device))
     Console(width=None if sys.stdout.isatty() else 160).print(Markdown(text))
     if options.out is not None:
-        write_section(options.out / "reliability.md", RELIABILITY, "Rounding", text)
+        title = "Rounding"
+        if options.models == ["pretrained"]:
+            title += f", {pretrained.NAME}"
+        write_section(options.out / "reliability.md", RELIABILITY, title, text)
     exact = [here.ways for (_, dtype), here in found.items() if dtype == "float32"]
     patched = [ways[name] for ways in exact for name in ("drafts", "dense path")]
     return int(any(lag >= MARGIN for way in patched for lag in way.lags))
@@ -81,8 +99,9 @@ def run(options: argparse.Namespace) -> int:
 
 def section(options: argparse.Namespace, found: dict[tuple[str, str], Found], about: str) -> str:
     """Markdown."""
+    models = " ".join(options.models)
     arguments = (
-        f"--prompts {options.prompts} --seconds {options.seconds} --dtypes "
+        f"--models {models} --prompts {options.prompts} --seconds {options.seconds} --dtypes "
         f"{' '.join(options.dtypes)} --draft-length {options.draft_length} --top-k-keys "
         f"{options.top_k_keys} --seed {options.seed}"
     )
@@ -107,12 +126,16 @@ def section(options: argparse.Namespace, found: dict[tuple[str, str], Found], ab
          f"{here.accepted / max(1, here.drafted):.1%}")
         for (kind, dtype), here in found.items()
     ]  # fmt: skip
+    prompts = {
+        "demo": f"the demo model on {4 * options.seconds:,} video tokens, {EVENTS} events",
+        "random": f"random models on {RANDOM_TOKENS} tokens of text",
+        "pretrained": f"{pretrained.NAME} on {READ_TOKENS} tokens of English",
+    }
     below = [f"margin {'0' if most == 0 else f'at most {most:g}'}" for most in BELOW]
     return "\n".join(
         [
-            f"`python -m bench exactness {arguments}` ({about}). Greedy; the "
-            f"demo model on clips of {EVENTS} events, {4 * options.seconds:,} video tokens, the "
-            f"random ones on {RANDOM_TOKENS} tokens of text. What the words mean: "
+            f"`python -m bench exactness {arguments}` ({about}). Greedy, "
+            f"{' and '.join(prompts[kind] for kind in options.models)}. What the words mean: "
             "`python -m bench exactness --help`.",
             "",
             *markdown_table(head, rows),

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-EVENTS, MOST_TOKENS, BATCH, RANDOM_TOKENS = 12, 96, 4, 300
+EVENTS, MOST_TOKENS, BATCH, RANDOM_TOKENS, READ_TOKENS = 12, 96, 4, 300, 600
 
 
 @dataclass
@@ -43,16 +43,16 @@ class Found:
 
 
 def measure(options: argparse.Namespace, device: Any) -> dict[tuple[str, str], Found]:
-    """By model ("demo", "random") and type."""
+    """By model (one of `SOURCES`) and type."""
     from rich.progress import Progress
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
     found: dict[tuple[str, str], Found] = {}
     with Progress(disable=not sys.stderr.isatty()) as progress:
-        task = progress.add_task("prompts", total=2 * options.prompts)
-        for source in (_demo, _random):
-            for kind, models, inputs, right in source(options, device):
+        task = progress.add_task("prompts", total=len(options.models) * options.prompts)
+        for kind in options.models:
+            for models, inputs, right in SOURCES[kind](options, device):
                 reference = narrate(models["float32"], inputs)[0]
                 for dtype in options.dtypes:
                     here = found.setdefault((kind, dtype), Found())
@@ -86,7 +86,7 @@ def _one(
             note.right.append(right(told))
 
 
-Prompt = tuple[str, dict[str, Any], dict[str, Any], Callable[[Any], float] | None]
+Prompt = tuple[dict[str, Any], dict[str, Any], Callable[[Any], float] | None]
 
 
 def _types(options: argparse.Namespace) -> dict[str, Any]:
@@ -96,7 +96,7 @@ def _types(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _demo(options: argparse.Namespace, device: Any) -> Iterator[Prompt]:
-    """Of each prompt: kind and type of the models, them, its inputs, and what judges its text."""
+    """Of each prompt: the models by type, its inputs, and what judges its text."""
     import numpy as np
 
     from std_decode.demo import camera
@@ -116,7 +116,7 @@ def _demo(options: argparse.Namespace, device: Any) -> Iterator[Prompt]:
             text = tokenizer.decode(tokens, skip_special_tokens=True)
             return camera.attributes_right(text, clip)
 
-        yield "demo", models, {name: x.to(device) for name, x in inputs.items()}, right
+        yield models, {name: x.to(device) for name, x in inputs.items()}, right
 
 
 def _random(options: argparse.Namespace, device: Any) -> Iterator[Prompt]:
@@ -133,7 +133,21 @@ def _random(options: argparse.Namespace, device: Any) -> Iterator[Prompt]:
         models = {name: copy.deepcopy(model).to(x) for name, x in _types(options).items()}
         ids = torch.randint(2, shape.vocabulary - prompts.SPECIAL, (1, RANDOM_TOKENS))
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        yield "random", models, {name: x.to(device) for name, x in inputs.items()}, None
+        yield models, {name: x.to(device) for name, x in inputs.items()}, None
+
+
+def _pretrained(options: argparse.Namespace, device: Any) -> Iterator[Prompt]:
+    from bench.models import pretrained
+
+    loaded = {name: pretrained.load(dtype) for name, dtype in _types(options).items()}
+    tokenizer = loaded["float32"][0]
+    models = {name: model.to(device) for name, (_, model) in loaded.items()}
+    for prompt in range(options.prompts):
+        inputs = pretrained.prompt(tokenizer, READ_TOKENS, options.seed + prompt)
+        yield models, {name: x.to(device) for name, x in inputs.items()}, None
+
+
+SOURCES = {"demo": _demo, "random": _random, "pretrained": _pretrained}
 
 
 def narrate(model: Any, inputs: dict[str, Any], **options: Any) -> tuple[Any, Any]:

@@ -1,11 +1,13 @@
-"""What tiny random models flatter, tried on a pretrained one (`tests/decode/real.py`)."""
+"""What tiny random models flatter, tried on a pretrained one."""
 
 import pytest
 import torch
 
 import std_decode
+from bench.models.pretrained import INSTALL, installed, load, prompt
 from tests.decode.conftest import Case
-from tests.decode.real import ask, load
+
+pytestmark = pytest.mark.skipif(not installed(), reason=f"no pretrained model; {INSTALL}")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -20,7 +22,9 @@ def test_it_is_accepted_in_every_dtype(dtype):
 def test_the_same_tokens_in_float32(sampled):
     tokenizer, model = load(torch.float32)
     for number in (0, 20):
-        case = Case(model, ask(tokenizer, 400, number), dict(max_new_tokens=32, do_sample=sampled))
+        case = Case(
+            model, dict(prompt(tokenizer, 400, number)), dict(max_new_tokens=32, do_sample=sampled)
+        )
         expected = case.generate()
         for options in (dict(draft_length=4), dict(draft_length=0), dict(draft_length="auto")):
             with std_decode.patched(model, top_k_keys=64, **options):
@@ -34,7 +38,7 @@ def test_the_same_tokens_in_float32(sampled):
 
 def test_the_same_tokens_in_bfloat16_without_drafts():
     tokenizer, model = load(torch.bfloat16)
-    case = Case(model, ask(tokenizer, 400), dict(max_new_tokens=32, do_sample=False))
+    case = Case(model, dict(prompt(tokenizer, 400)), dict(max_new_tokens=32, do_sample=False))
     expected = case.generate()
     with std_decode.patched(model, draft_length=0):
         assert torch.equal(case.generate(), expected)
