@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 from torch import Tensor
@@ -59,6 +62,10 @@ class SparseToDense:
         _note(self, DecodeStats(fallback="assisted decoding"))
         return super()._assisted_decoding(*args, **kwargs)  # type: ignore[misc]
 
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        _note(self, DecodeStats(fallback="continuous batching"))
+        return super().init_continuous_batching(*args, **kwargs)  # type: ignore[misc]
+
 
 def is_patched(thing: Any) -> bool:
     return isinstance(thing, SparseToDense) and "_std_decode" in vars(thing)
@@ -68,7 +75,8 @@ def patched_class(original: Any) -> type:
     """`original`, under its name, with `SparseToDense` mixed in."""
     # Under the same name and module: transformers and its pipelines look at both.
     names = {"__module__": original.__module__, "__qualname__": original.__qualname__}
-    return type(original.__name__, (SparseToDense, original), names)
+    forgetful = _forgetful(original.generate)
+    return type(original.__name__, (SparseToDense, original), {**names, "generate": forgetful})
 
 
 def own_class(kind: type) -> type:
@@ -82,6 +90,27 @@ def _new(original: type, patched: bool) -> Any:
     return kind.__new__(kind)
 
 
-def _note(model: Any, stats: DecodeStats) -> None:
+def _forgetful(generate: Any) -> Callable[..., Any]:
+    """A class's `generate` that drops the stats of the call before, wherever this one goes to.
+
+    People take decorators off generate, to have gradients: each one is there, over the same.
+    """
+
+    @wraps(generate)
+    def begin(self: Any, *args: Any, **kwargs: Any) -> Any:
+        _note(self, None)
+        return generate(self, *args, **kwargs)
+
+    called: Any = begin
+    called.stands_for = generate
+    if hasattr(generate, "__wrapped__"):
+        called.__wrapped__ = _forgetful(generate.__wrapped__)
+    else:
+        called.__signature__ = inspect.signature(generate)
+        del called.__wrapped__
+    return called
+
+
+def _note(model: Any, stats: DecodeStats | None) -> None:
     if is_patched(model):
         model._std_decode.stats = stats

@@ -114,7 +114,8 @@ def _as_in_evaluation(model: nn.Module) -> Iterator[None]:
 
 def _generates_with(model: PreTrainedModel) -> str | None:
     """The part of `model` that generates in its place, as BLIP's language models do."""
-    if type(model).generate is GenerationMixin.generate:
+    generate = type(model).generate
+    if getattr(generate, "stands_for", generate) is GenerationMixin.generate:
         return None
     parts = (name for name, part in model.named_modules() if isinstance(part, GenerationMixin))
     return next((name for name in parts if name), None)

@@ -191,7 +191,10 @@ def is_patched(model: nn.Module) -> bool:
 
 
 def last_stats(model: nn.Module) -> DecodeStats | None:
-    """What the newest generate call of a patched model did; None before any call.
+    """What the newest generate call of a patched model did.
+
+    None before any call, while it runs, and where it raised or did not go through transformers'
+    own decoding (``custom_generate``).
 
     Raises:
         RuntimeError: `model` is not patched.

@@ -1,6 +1,7 @@
 """The class of a patched instance, and other instances of it, which were never patched."""
 
 import copy
+import inspect
 import json
 import pickle
 
@@ -152,3 +153,33 @@ def test_the_class_can_be_registered(make_case):
     ids = torch.arange(5)[None]
     assert other.generate(ids, max_new_tokens=3).shape == (1, 8)
     assert not std_decode.is_patched(other)
+
+
+def layers_of_decoration(function):
+    found = [function]
+    while hasattr(found[-1], "__wrapped__"):
+        found.append(found[-1].__wrapped__)
+    return found
+
+
+def test_generate_looks_like_the_original(make_case):
+    case = make_case("llama")
+    plain = layers_of_decoration(type(case.model).generate)
+    std_decode.patch(case.model)
+    ours = layers_of_decoration(type(case.model).generate)
+    assert len(ours) == len(plain) >= 2  # torch.no_grad among them
+    for one, other in zip(ours, plain):
+        assert inspect.signature(one) == inspect.signature(other)
+        assert one.__doc__ == other.__doc__ and one.__name__ == "generate"
+
+
+def test_a_changed_model_with_a_generating_part_generates_itself(make_case):
+    """Our generate is not taken for one of its own, which would run its part's."""
+    case, other = make_case("llama", seed=9), make_case("llama", seed=10)
+    case.model.part = other.model
+    expected = case.generate()
+    with std_decode.patched(case.model, **PATCH):
+        first = case.model.get_decoder().layers[0]
+        first.mlp = copy.deepcopy(first.mlp)
+        assert torch.equal(case.generate(), expected)
+        assert std_decode.last_stats(case.model).fallback is None
