@@ -58,10 +58,17 @@ class Tried:
 
 
 def _parts(model: PreTrainedModel) -> tuple:
-    """What a decoder is made of, so that a change shows. Values of weights are none."""
-    decoder = model.get_decoder()
-    modules = tuple((id(module), type(module).__name__) for module in decoder.modules())
-    return modules, tuple(parameter.dtype for parameter in decoder.parameters())
+    """What the decoder and the LM head are made of, so that a change shows.
+
+    Values of weights are none.
+    """
+    head = model.get_output_embeddings()
+    whole = [model.get_decoder()] if head is None else [model.get_decoder(), head]
+    modules = tuple(
+        (id(module), type(module).__name__) for part in whole for module in part.modules()
+    )
+    weights = tuple((type(weight), weight.dtype) for part in whole for weight in part.parameters())
+    return modules, weights
 
 
 def _hooks(model: nn.Module) -> Iterator[tuple[int, str, Any]]:

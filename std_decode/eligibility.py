@@ -14,6 +14,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from std_decode.attention import uncompiled
 from std_decode.cache import CACHE, BufferLayer, SparseToDenseCache
 from std_decode.engine import Engine
+from std_decode.layers import mixing_layer
 from std_decode.selection import plan_selection
 from std_decode.stats import DecodeStats
 
@@ -95,6 +96,9 @@ def attention_layers(model: PreTrainedModel, rows: int = 1) -> dict[int, nn.Modu
             f"{config.num_hidden_layers} decoder layers, expected one each; {SUPPORTED}"
         )
     with _as_in_evaluation(model), torch.autocast(_input_device(model).type, enabled=False):
+        mixing = mixing_layer(model, _input_device(model), rows)
+        if mixing is not None:
+            raise NotImplementedError(f"patch: {mixing}; {SUPPORTED}")
         _probe(model, decoder, layers, rows)
     return layers
 

@@ -106,14 +106,15 @@ def patch(
     Raises:
         TypeError: `model` is no generative transformers model, or an argument has the wrong type.
         ValueError: an argument is out of range.
-        NotImplementedError: the model's attention is of an unsupported kind; the message lists
-            what is supported.
+        NotImplementedError: the model's attention is of an unsupported kind, or a layer's result
+            for a token depends on the others fed with it; the message lists what is supported.
         RuntimeError: `model` is patched already.
         MemoryError: the 4-bit copies do not fit; the message has the numbers.
 
     Note:
         Runs four forward passes of a few tokens, to see that the model's attention is what its
-        configuration says. Source: Zhang et al., Sparse-to-Dense, ACL 2025,
+        configuration says; and a fifth where layers are not of torch's or transformers' own kinds,
+        which are then fed a few tokens each. Source: Zhang et al., Sparse-to-Dense, ACL 2025,
         doi 10.18653/v1/2025.acl-short.59; re-selection from verification is an addition.
     """
     _check_options(top_k_keys, draft_length, reselect, cuda_graphs, compile)
