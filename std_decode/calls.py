@@ -47,6 +47,9 @@ def fallback_reason(
         "autocast is on; load the model in the dtype that is wanted": torch.is_autocast_enabled(
             input_ids.device.type
         ),
+        "gradients are on; call generate under torch.no_grad(), which is its default": (
+            torch.is_grad_enabled()
+        ),
         "use_cache is off": not kwargs.get("use_cache"),
         "attentions or hidden states are returned": config.output_attentions
         or config.output_hidden_states,

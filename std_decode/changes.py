@@ -64,11 +64,15 @@ class Tried:
         self.parts = self._parts(model)
 
     def _parts(self, model: PreTrainedModel) -> tuple:
-        """What a decoder is made of, so that a change shows. Values of weights are none."""
-        decoder = model.get_decoder()
-        modules = tuple((ref(module), type(module)) for module in decoder.modules())
-        dtypes = tuple(parameter.dtype for parameter in decoder.parameters())
-        return modules, dtypes, attention_parts(model, self.layers)
+        """What the decoder and the LM head are made of, so that a change shows.
+
+        Values of weights are none.
+        """
+        head = model.get_output_embeddings()
+        whole = [model.get_decoder()] if head is None else [model.get_decoder(), head]
+        modules = [(ref(module), type(module)) for part in whole for module in part.modules()]
+        weights = [(type(weight), weight.dtype) for part in whole for weight in part.parameters()]
+        return modules, weights, attention_parts(model, self.layers)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "parts": None}  # a copy has parts of its own, and is tried again

@@ -13,6 +13,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from std_decode import rope
 from std_decode.cache import CACHE
 from std_decode.implementation import foreign_attention
+from std_decode.layers import mixing_layer
 from std_decode.trial import Failed, input_device, try_attention
 
 SUPPORTED = (
@@ -45,8 +46,12 @@ def attention_layers(model: PreTrainedModel, rows: int = 1) -> dict[int, nn.Modu
         foreign = foreign_attention(model, layers)
         if foreign is not None:
             raise Failed(f"{type(model).__name__} {foreign}")
-        autocast = torch.autocast(input_device(model).type, enabled=False)
+        device = input_device(model)
+        autocast = torch.autocast(device.type, enabled=False)
         with _as_in_evaluation(model), rope.unchanged(model.get_decoder()), autocast:
+            mixing = mixing_layer(model, device, rows)
+            if mixing is not None:
+                raise Failed(mixing)
             try_attention(model, layers, rows)
     except Failed as obstacle:
         raise NotImplementedError(f"patch: {obstacle}; {SUPPORTED}") from None
@@ -137,7 +142,8 @@ def _as_in_evaluation(model: nn.Module) -> Iterator[None]:
 
 def _generates_with(model: PreTrainedModel) -> str | None:
     """The part of `model` that generates in its place, as BLIP's language models do."""
-    if type(model).generate is GenerationMixin.generate:
+    generate = type(model).generate
+    if getattr(generate, "stands_for", generate) is GenerationMixin.generate:
         return None
     parts = (name for name, part in model.named_modules() if isinstance(part, GenerationMixin))
     return next((name for name in parts if name), None)

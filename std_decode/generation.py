@@ -56,6 +56,7 @@ def sample(
     Leaves an account of the call as the patched `model`'s stats.
     """
     options = model._std_decode
+    options.stats = None  # until it is through
     if torch.compiler.is_compiling():
         reason: str | None = "generate is being compiled"
     else:

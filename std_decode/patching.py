@@ -10,19 +10,13 @@ from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
-from transformers import (
-    GenerationConfig,
-    LogitsProcessorList,
-    PreTrainedModel,
-    StoppingCriteriaList,
-)
+from transformers import PreTrainedModel
 
+from std_decode import classes
 from std_decode import draft_weights as weights
 from std_decode.attention import forget_passes
-from std_decode.cache import CACHE, SparseToDenseCache
 from std_decode.changes import Tried
 from std_decode.cost import Workload
-from std_decode.generation import sample
 from std_decode.loop import Decoding
 from std_decode.policy import COMPILED_LENGTHS, LENGTHS, FixedLength, Policy
 from std_decode.pool import Engines
@@ -112,14 +106,15 @@ def patch(
     Raises:
         TypeError: `model` is no generative transformers model, or an argument has the wrong type.
         ValueError: an argument is out of range.
-        NotImplementedError: the model's attention is of an unsupported kind; the message lists
-            what is supported.
+        NotImplementedError: the model's attention is of an unsupported kind, or a layer's result
+            for a token depends on the others fed with it; the message lists what is supported.
         RuntimeError: `model` is patched already.
         MemoryError: the 4-bit copies do not fit; the message has the numbers.
 
     Note:
         Runs four forward passes of a few tokens, to see that the model's attention is what its
-        configuration says. Source: Zhang et al., Sparse-to-Dense, ACL 2025,
+        configuration says; and a fifth where layers are not of torch's or transformers' own kinds,
+        which are then fed a few tokens each. Source: Zhang et al., Sparse-to-Dense, ACL 2025,
         doi 10.18653/v1/2025.acl-short.59; re-selection from verification is an addition.
     """
     _check_options(top_k_keys, draft_length, reselect, cuda_graphs, compile)
@@ -131,10 +126,11 @@ def patch(
             f"patch: {type(target).__name__} is patched already, expected an unpatched model; "
             "call unpatch(model) first to change the options"
         )
+    own = _own_class(target)
     tried = Tried(target)
     drafting = weights.prepare(target, draft_weights, draft_weights_cache, top_k_keys, compile)
     target._std_decode = _Patch(
-        type(target),
+        own,
         tried,
         top_k_keys,
         _policy(draft_length, compile),
@@ -148,7 +144,7 @@ def patch(
     try:
         drafting.attach()
         tried.take_as_it_is(target)
-        target.__class__ = _patched_class(type(target))
+        target.__class__ = classes.patched_class(own)
     except BaseException:
         drafting.detach()
         del target._std_decode
@@ -193,11 +189,14 @@ def patched(model: Model, **options: Any) -> Iterator[Model]:
 
 def is_patched(model: nn.Module) -> bool:
     """Whether `patch` was applied to `model` and not undone."""
-    return isinstance(_unwrapped(model), _SparseToDense)
+    return classes.is_patched(_unwrapped(model))
 
 
 def last_stats(model: nn.Module) -> DecodeStats | None:
-    """What the newest generate call of a patched model did; None before any call.
+    """What the newest generate call of a patched model did.
+
+    None before any call, while it runs, and where it raised or did not go through transformers'
+    own decoding (``custom_generate``).
 
     Raises:
         RuntimeError: `model` is not patched.
@@ -211,62 +210,14 @@ def last_stats(model: nn.Module) -> DecodeStats | None:
     return target._std_decode.stats
 
 
-def _patched_class(original: type) -> type:
-    # Under the same name and module: transformers and its pipelines look at both.
-    names = {"__module__": original.__module__, "__qualname__": original.__qualname__}
-    return type(original.__name__, (_SparseToDense, original), names)
-
-
-def _new_patched(original: type) -> Any:
-    """What pickle and deepcopy begin a copy of a patched model with."""
-    kind: Any = _patched_class(original)
-    return kind.__new__(kind)
-
-
-class _SparseToDense:
-    """Mixed into the class of a patched instance, before its own."""
-
-    _std_decode: _Patch
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        cache = kwargs.get(CACHE)
-        if isinstance(cache, SparseToDenseCache):
-            return cache.answer(**kwargs)
-        return super().__call__(*args, **kwargs)  # type: ignore[misc]
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        reduced: Any = super().__reduce_ex__(protocol)
-        return _new_patched, (self._std_decode.original_class,), *reduced[2:]
-
-    def _sample(
-        self,
-        input_ids: Tensor,
-        logits_processor: LogitsProcessorList,
-        stopping_criteria: StoppingCriteriaList,
-        generation_config: GenerationConfig,
-        synced_gpus: bool = False,
-        streamer: Any = None,
-        **model_kwargs: Any,
-    ) -> Any:
-        return sample(
-            self,
-            super()._sample,  # type: ignore[misc]
-            input_ids,
-            logits_processor,
-            stopping_criteria,
-            generation_config,
-            synced_gpus,
-            streamer,
-            model_kwargs,
+def _own_class(model: Any) -> type:
+    own = classes.own_class(type(model))
+    if issubclass(own, classes.SparseToDense):
+        raise NotImplementedError(
+            f"patch: {own.__name__} derives from the class of a patched model, expected a class "
+            "that does not; derive it from type(model) before patch or after unpatch"
         )
-
-    def _beam_search(self, *args: Any, **kwargs: Any) -> Any:
-        self._std_decode.stats = DecodeStats(fallback="beam search")
-        return super()._beam_search(*args, **kwargs)  # type: ignore[misc]
-
-    def _assisted_decoding(self, *args: Any, **kwargs: Any) -> Any:
-        self._std_decode.stats = DecodeStats(fallback="assisted decoding")
-        return super()._assisted_decoding(*args, **kwargs)  # type: ignore[misc]
+    return own
 
 
 def _policy(draft_length: int | Literal["auto"], compiles: bool) -> Policy | FixedLength:

@@ -89,7 +89,7 @@ CHANGES = {
     prune_half_way: "changed after patch: LlamaForCausalLM has 2 causal attention modules",
     replace_attention: None,
     copy_decoder: None,
-    quantize: "changed after patch: layers.0 of LlamaForCausalLM makes something else of a token",
+    quantize: "changed after patch: model.layers.0.mlp.up_proj (Coarse) gives a token another",
     widen: "query has dtype float64",
 }
 

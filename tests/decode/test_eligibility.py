@@ -2,6 +2,7 @@
 it, and with the tokens of the unpatched model.
 """
 
+import inspect
 import re
 
 import pytest
@@ -281,6 +282,40 @@ def test_training_mode(make_case):
     case = make_case("llama", seed=8)
     case.model.train()
     assert_runs_as_unpatched(case, "training mode; call model.eval()")
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("family", ["llama", "qwen2_vl"])
+def test_gradients(make_case, family, frozen):
+    case = make_case(family, seed=8, return_dict_in_generate=True, output_logits=True)
+    case.model.requires_grad_(not frozen)
+    outputs = []
+
+    def undecorated():
+        generate = inspect.unwrap(type(case.model).generate)
+        outputs.append(generate(case.model, **case.inputs, **case.options))
+        return outputs[-1]
+
+    assert_runs_as_unpatched(case, "gradients are on", undecorated)
+    for plain, patched in zip(*(output.logits for output in outputs)):
+        assert torch.equal(plain, patched) and plain.requires_grad == (not frozen)
+        assert patched.requires_grad == plain.requires_grad
+    if not frozen:
+        weight = case.model.get_output_embeddings().weight
+        plain, patched = (
+            torch.autograd.grad(output.logits[3].sum(), weight)[0] for output in outputs
+        )
+        assert torch.equal(plain, patched) and plain.abs().sum() > 0
+
+
+def test_gradients_that_are_off_in_another_way(make_case):
+    case = make_case("llama", seed=8)
+    expected = case.generate()
+    with std_decode.patched(case.model, **PATCH), torch.inference_mode():
+        undecorated = inspect.unwrap(type(case.model).generate)
+        got = undecorated(case.model, **case.inputs, **case.options)
+        assert std_decode.last_stats(case.model).rounds > 0
+    assert torch.equal(expected, got)
 
 
 def test_embedded_prompts(make_case):
