@@ -276,7 +276,7 @@ class _Trial:
                 wanted = torch.stack([self.states[name, t][0] for t in tokens], dim=1)
                 self._compare(name, states, wanted, wanted)
                 states = wanted
-            self.given[name] = states
+            self.given[name] = states.clone()  # the layer may write into it
             if args:
                 return (states, *args[1:]), kwargs
             return args, {**kwargs, "hidden_states": states}
@@ -295,7 +295,7 @@ class _Trial:
         if not tokens:
             return
         if self.plain:
-            self.states[name, tokens[0]] = given[:, 0], states[:, 0]
+            self.states[name, tokens[0]] = given[:, 0], states[:, 0].clone()
             return
         wanted = torch.stack([self.states[name, token][1] for token in tokens], dim=1)
         self._compare(name, states, wanted, added)
