@@ -17,6 +17,7 @@ import std_decode
 from bench import probes
 from bench.decode.tables import STATIC, UNPATCHED
 from bench.decode.timings import Timings, TooNoisy
+from std_decode import graphs
 
 NEAR_TIE = 1e-4  # of log-probability: in float32 rounding may decide below it, as in the tests
 COMPILING = 90.0  # seconds that the first use of what is compiled may take
@@ -103,6 +104,8 @@ class Cell(Timings):
         except Exception as error:
             # Rivals may fail; without the first of them there is nothing to compare with.
             bad = name.startswith("ours") or self.expected is None
+            if graphs.spoiled is not None:
+                record["note"] = graphs.spoiled
             self.results.fail(record, error, bad)
         finally:
             gc.collect()
