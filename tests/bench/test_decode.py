@@ -10,12 +10,13 @@ import pytest
 import torch
 
 import std_decode
-from bench import probes, records
+from bench import environment, probes, records
 from bench.__main__ import main
 from bench.decode import cell, tables
 from bench.decode import command as decode
 from bench.models import build, prompts
 from bench.models.dimensions import SHAPES, Shape
+from std_decode import graphs
 from std_decode.cache import SparseToDenseCache
 from std_decode.loop import Decoding
 
@@ -214,6 +215,31 @@ def test_a_failure_costs_nothing_else(bench, monkeypatch):
     assert status == 0 and set(states.values()) == {"ok"}  # a rival may fail
     monkeypatch.setattr(cell.Cell, "calibrate", lambda *_: 1 / 0)
     assert bench("--ways", "drafts")[0] == 1
+
+
+def test_a_gpu_that_is_not_current_is_the_one_that_is_looked_at(monkeypatch):
+    device, recorded = torch.device("cuda", 1), []
+    event = SimpleNamespace(record=recorded.append)
+    monkeypatch.setattr(torch.cuda, "Event", lambda enable_timing: event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: ("stream of", device))
+    assert probes._now(device) is event and recorded == [("stream of", device)]
+    properties = {
+        device: SimpleNamespace(name="this", total_memory=1e9, multi_processor_count=2)
+    }  # fmt: skip
+    monkeypatch.setattr(torch.cuda, "get_device_properties", properties.__getitem__)
+    assert environment.environment(device)["device"] == "this"
+
+
+def test_what_comes_after_a_capture_that_could_not_be_undone_says_so(bench, monkeypatch):
+    why = "an earlier capture failed and could not be undone (some error)"
+    monkeypatch.setattr(graphs, "spoiled", why)
+    monkeypatch.setattr(prompts.Prompt, "static", lambda *_: 1 / 0)
+    status, records = bench("--ways", "static", "dense")
+    found = of(records, "decode")
+    assert status == 0 and [r["status"] == "ok" for r in found].count(False) == 1
+    for record in found:
+        assert record["note"].count(why) == 1
+        assert why in tables._decode_cells(record, {})[-1]
 
 
 def test_more_ways_on_a_gpu(prompt, monkeypatch):
