@@ -6,6 +6,7 @@ By hand: pytest -m gpu tests/kernels, or TRITON_INTERPRET=1 pytest tests/kernels
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -330,15 +331,19 @@ def test_memcheck():
         "PYTORCH_NO_CUDA_MEMORY_CACHING": "1",
         "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))),
     }
-    how = dict(env=environment, capture_output=True, text=True, errors="replace")
+    process = subprocess.Popen(
+        command, env=environment, text=True, errors="replace", start_new_session=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
     try:
-        done = subprocess.run(command, timeout=MEMCHECK, **how)
+        output, _ = process.communicate(timeout=MEMCHECK)
     except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)  # with what the tool has started on the GPU
+        process.communicate()
         pytest.skip(f"compute-sanitizer was not through after {MEMCHECK} s")
-    output = done.stdout + done.stderr
     if "not supported" in output.lower():
         pytest.skip("compute-sanitizer does not support this device")
-    assert done.returncode == 0, output[-4000:]
+    assert process.returncode == 0, output[-4000:]
     assert "verify_attention_with_scores" in output and "long rows" in output
 
 
