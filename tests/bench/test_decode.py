@@ -277,6 +277,19 @@ def test_what_does_not_fit_the_time_box_is_listed(bench):
     assert {what for what, state in states if state == "skipped: out of time"} == WAYS - {*done}
 
 
+def test_what_compiles_has_time_for_its_layers(prompt, monkeypatch):
+    """And never more than is left."""
+    one, given = make_cell(prompt), []
+    monkeypatch.setattr(probes, "at_most", given.append)
+    monkeypatch.setattr(one.model.get_decoder().config, "num_hidden_layers", 28)
+    one.deadline = time.monotonic() + 1000
+    one.bounded()
+    assert 1.5 * 55 < given[0] < 3 * 55 and one.late == "its first use took more than 128 s"
+    one.deadline = time.monotonic() + 100
+    one.bounded()
+    assert 99 < given[1] <= 100 and one.late.startswith("out of time")
+
+
 def test_a_first_use_is_interrupted():
     before = signal.getsignal(signal.SIGALRM)
     with pytest.raises(probes.OutOfTime):
