@@ -25,7 +25,7 @@ def environment(device: Any, **more: Any) -> dict[str, Any]:
     import torch
     import transformers
 
-    found = _the_cpu() if device.type == "cpu" else _the_gpu()
+    found = _the_cpu() if device.type == "cpu" else _the_gpu(device)
     try:
         triton = version("triton")
     except PackageNotFoundError:  # macOS, Windows
@@ -45,10 +45,10 @@ def environment(device: Any, **more: Any) -> dict[str, Any]:
     }
 
 
-def _the_gpu() -> dict[str, Any]:
+def _the_gpu(device: Any) -> dict[str, Any]:
     import torch
 
-    found = torch.cuda.get_device_properties(0)
+    found = torch.cuda.get_device_properties(device)
     return {
         "gpu": found.name,
         "memory_gb": round(found.total_memory / 1e9, 1),

@@ -8,18 +8,32 @@ are; engine.py and cache.py see to that.
 
 from __future__ import annotations
 
+import threading
 import time
 import warnings
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+T = TypeVar("T")
+
 # Live at a time, of one engine: draft, dense step, and a verification for each of policy.LENGTHS,
 # with some room for variants. A graph that is dropped too early is captured again and again.
 MOST_GRAPHS = 16
+
+
+# Why captures are over for this process: one failed and could not be undone. None where none did.
+spoiled: str | None = None
+
+# PyTorch allows one capture at a time in a process.
+_one_at_a_time = threading.Lock()
+# One per device: graphs that share memory must have been captured on the same stream.
+_streams: dict[torch.device, Any] = {}
+# Kept, since PyTorch's allocators may go on asking them what they capture.
+_failed: list[Any] = []
 
 
 def unavailable(devices: set[torch.device]) -> str | None:
@@ -29,30 +43,95 @@ def unavailable(devices: set[torch.device]) -> str | None:
     if len(devices) > 1:
         return "the layers are on several devices"
     kind = next(iter(devices)).type
-    return None if kind == "cuda" else f"the model is on the {kind.upper()}, not on a CUDA device"
+    if kind != "cuda":
+        return f"the model is on the {kind.upper()}, not on a CUDA device"
+    return spoiled
 
 
-def capture(step: Callable[[], Tensor], pool: Any) -> Callable[[], Tensor]:
-    """Record what `step` launches, without running it.
+class Pool:
+    """Memory of a CUDA device that captured passes share, and the stream they are captured on."""
+
+    def __init__(self, device: torch.device):
+        index = torch.cuda.current_device() if device.index is None else device.index
+        self.device = torch.device("cuda", index)
+        self.handle = torch.cuda.graph_pool_handle()
+
+    @property
+    def stream(self) -> Any:
+        if self.device not in _streams:
+            _streams[self.device] = torch.cuda.Stream(self.device)
+        return _streams[self.device]
+
+
+def capture(step: Callable[[], T], pool: Pool) -> Callable[[], T]:
+    """Record what `step` launches on the pool's device, without running it.
+
+    What goes wrong in `step` is raised as it is, and leaves the thread and the device as they
+    were; where that cannot be, `spoiled` says so.
 
     Returns:
-        A function that launches all of it again, and returns the tensor that `step` returned,
-        whose contents are new each time.
+        A function that launches all of it again, and returns what `step` returned, with contents
+        that are new each time.
     """
-    graph = torch.cuda.CUDAGraph()
-    # Other threads may use the device meanwhile.
-    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-        result = step()
+    own: list[BaseException] = []
+    with _one_at_a_time:
+        graph = torch.cuda.CUDAGraph()
+        # Other threads may use the device meanwhile.
+        options = {"stream": pool.stream, "capture_error_mode": "thread_local"}
+        try:
+            # By itself torch.cuda.graph captures on a stream of the device that was current at the
+            # process's first capture, where a model on another launches nothing; and leaves that
+            # stream current where a capture cannot be begun or ended. A stream enters its device.
+            with torch.cuda.stream(pool.stream):
+                with torch.cuda.graph(graph, pool=pool.handle, **options):
+                    result = _noting(step, own)
+        except BaseException as error:
+            _undo(graph, pool)
+            raise own.pop() if own else error from None
 
-    def replay() -> Tensor:
+    def replay() -> T:
         graph.replay()
         return result
 
     return replay
 
 
+def _noting(step: Callable[[], T], raised: list[BaseException]) -> T:
+    """What a capture's end says of an error is only that there was one; a time box's is lost."""
+    try:
+        return step()
+    except BaseException as error:
+        raised.append(error)
+        raise
+
+
+def _undo(graph: Any, pool: Pool) -> None:
+    """Take back what a failed capture leaves behind.
+
+    PyTorch ends its allocator's and its generator's part in a capture after CUDA has ended its
+    own, or not at all: the allocator would keep all that is freed, and drawing a random number
+    would be an error.
+    """
+    global spoiled
+    _failed.append(graph)
+    try:
+        torch._C._cuda_endAllocateToPool(pool.device.index, pool.handle)
+        torch._C._cuda_releasePool(pool.device.index, pool.handle)
+    except RuntimeError:
+        pass  # the capture was ended as it should be: by an error of Python's
+    try:
+        # A capture that goes well also ends what the generator has begun.
+        number, well = torch.zeros((), device=pool.device), torch.cuda.CUDAGraph()
+        with torch.cuda.stream(pool.stream):
+            with torch.cuda.graph(well, stream=pool.stream, capture_error_mode="thread_local"):
+                number.zero_()
+        torch.cuda.synchronize(pool.device)
+    except RuntimeError as error:
+        spoiled = f"an earlier capture failed and could not be undone ({_first_line(error)})"
+
+
 class Graphs:
-    """The captured passes of one engine.
+    """The captured passes of one engine, on one device.
 
     The first time a pass runs as it is, which also compiles and tunes its kernels; the second
     time it is captured; from then on it is replayed. What cannot be captured goes on as it is.
@@ -63,7 +142,8 @@ class Graphs:
         failure: what stood in the way of a capture, or None.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
         self.captured: dict[Hashable, Callable[[], Tensor] | None] = {}
         self.pool: Any = None
         self.captures = self.replays = 0
@@ -93,6 +173,7 @@ class Graphs:
                 replay = capture(step, self._pool())
         except RuntimeError as error:
             self.failure = f"a pass could not be captured ({_first_line(error)})"
+            self.failure += f"; {spoiled}" if spoiled else ""
             warnings.warn(f"std_decode: {self.failure}; it runs uncaptured", stacklevel=2)
             return None
         self.captures += 1
@@ -120,8 +201,8 @@ class Graphs:
         self.pool = None
 
     def _pool(self) -> Any:
-        if self.pool is None and torch.cuda.is_available():
-            self.pool = torch.cuda.graph_pool_handle()
+        if self.pool is None and self.device.type == "cuda":
+            self.pool = Pool(self.device)
         return self.pool
 
 

@@ -89,7 +89,7 @@ class Engines:
             idle.release()  # its buffers go before new ones come
         cache = SparseToDenseCache(config, max(room, width), batch, device, options.policy.most)
         engine = Engine(
-            config, options.layers, cache, options.reselect, graphs.Graphs(), self.compiles
+            config, options.layers, cache, options.reselect, graphs.Graphs(device), self.compiles
         )
         engine.key, engine.width = key, width
         return engine, None

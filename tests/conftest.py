@@ -1,5 +1,6 @@
 """How the tests are run: side by side where pytest-xdist is there, one thread each."""
 
+import gc
 import os
 
 import pytest
@@ -31,3 +32,14 @@ def pytest_cmdline_main(config):
     if "PYTEST_XDIST_WORKER" not in os.environ:
         config.option.numprocesses = min(8, os.cpu_count() or 1)
         config.option.dist = "worksteal"  # some tests take half a minute, most a tenth of a second
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item):
+    """A GPU test keeps nothing from the processes beside it: a reference takes up to 11 GB."""
+    if item.get_closest_marker("gpu") is None:
+        return
+    import torch
+
+    gc.collect()
+    torch.cuda.empty_cache()

@@ -117,7 +117,8 @@ def _spread(record: dict[str, Any]) -> str:
 
 def _decode_cells(record: dict[str, Any], first: dict[tuple, float]) -> list[str]:
     if record["status"] != "ok":
-        return [*_where(record), *["-"] * (len(_DECODE) - 7), record["status"]]
+        said = "; ".join(filter(None, (record["status"], record.get("note"))))
+        return [*_where(record), *["-"] * (len(_DECODE) - 7), said]
     runs = record["runs"]
     return [
         *_where(record),

@@ -16,6 +16,7 @@ from bench import probes
 from bench.decode.tables import Results
 from bench.models.build import draft_weight_bytes, kv_bytes_of, weight_bytes
 from bench.models.prompts import Prompt
+from std_decode import graphs
 
 LONG = 8.0  # seconds: once three runs took that long together, they are enough
 PROFILED = 8  # tokens of the calls whose kernels are counted
@@ -137,6 +138,8 @@ class Timings:
             for ours, theirs in (("median", "ms"), ("p20", "ms_p80"), ("p80", "ms_p20"))
         }
         inputs = self.inputs if name.startswith("ours") else {}
+        if graphs.spoiled is not None and graphs.spoiled not in note:
+            note = "; ".join(filter(None, (note, graphs.spoiled)))
         self.results.keep({
             **self.record("decode", name, inputs), "status": "ok", "new_tokens": self.n,
             **record, "tokens_per_s": per_second, "first_use_s": first,

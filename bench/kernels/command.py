@@ -42,10 +42,13 @@ rivals, with four times the tolerance; one that computes something else is named
 without a mask sees all keys from all T tokens, which is less work than the op's: only its last
 token is compared.
 
-HOW IT IS TIMED. "cold": median, 20th and 80th percentile; on a GPU with the L2 cache cleared
-before each run and the launch included, on the CPU after 64 MiB of other memory were written, all
-of a size taking turns. "graph" (GPU): a CUDA graph of the same call, replayed over and over, so
-that small inputs come from the cache. GB/s counts every input and output once, over the cold
+HOW IT IS TIMED. "cold": median, 20th and 80th percentile. On a GPU the call is captured as a CUDA
+graph, as decoding captures it, and the graph's replay is timed by events right before and after:
+its start (a few us) is in the time, Python and clearing the L2 cache before each run are not.
+What cannot be captured is launched from Python, and the note says so: small sizes then come out
+slower than the GPU is. On the CPU 64 MiB of other memory are written before each run, and all of
+a size take turns. "graph" (GPU): ten calls in one graph, so that small inputs come from the
+cache; a tenth of what that takes. GB/s counts every input and output once, over the cold
 median; "of copy" is its share of what a large copy reaches in the same run. "ours takes" is our
 time over the rival's: above 1x we lose. Sizes that do not fit are listed, with the reason.
 

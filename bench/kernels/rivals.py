@@ -70,6 +70,17 @@ def _with_backend(backend: SDPBackend, *args: Tensor) -> Tensor:
         return F.scaled_dot_product_attention(*args)
 
 
+def _products(rows: Tensor, key: Tensor) -> Tensor:
+    """Of `rows` [B, Hkv, R, D] with every key, float32 [B, Hkv, R, N], rounded only once.
+
+    As bfloat16 they would have 8 bits, and the scores made of them be refused as wrong.
+    """
+    if not key.is_cuda or key.dtype == torch.float32:
+        return rows.float() @ key.float().mT
+    found = torch.bmm(rows.flatten(0, 1), key.flatten(0, 1).mT, out_dtype=torch.float32)
+    return found.unflatten(0, key.shape[:2])
+
+
 def with_scores(given: Tensors, guess: Tensor) -> Rivals:
     """Of verify_attention_with_scores: attention alone, and with a second pass for the scores."""
     query, key, value, _ = given
@@ -80,7 +91,7 @@ def with_scores(given: Tensors, guess: Tensor) -> Rivals:
 
     def both() -> Any:
         out = F.scaled_dot_product_attention(packed, key, value)
-        logits = (packed @ key.mT).float() * D**-0.5 - guess.view(B, Hkv, -1, 1)
+        logits = _products(packed, key) * D**-0.5 - guess.view(B, Hkv, -1, 1)
         shares = logits.sigmoid_()
         shares[..., N - T :].masked_fill_(ahead, 0)
         return out, shares.sum(2)
@@ -203,7 +214,7 @@ def scoring(query: Tensor, key: Tensor) -> Rivals:
     ahead = torch.ones(W, W, dtype=torch.bool, device=query.device).triu(1).repeat(G, 1)
 
     def eager() -> Tensor:
-        logits = (rows @ key.mT).float() * D**-0.5
+        logits = _products(rows, key) * D**-0.5
         logits[..., N - W :].masked_fill_(ahead, -math.inf)
         return logits.softmax(-1).mean(2)
 

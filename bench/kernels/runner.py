@@ -141,13 +141,17 @@ class Runner:
                     record["ours_takes"] = ours["cold"][0] / found["cold"][0]
             self.results.keep(record)
 
-    def _figures(self, case: Case, what: str, measured: dict[str, list[float]]) -> Record:
+    def _figures(self, case: Case, what: str, measured: dict[str, Any]) -> Record:
+        relaunched = measured.pop("relaunched", None)
         bandwidth = case.bytes / measured["cold"][0] / 1e6
         record: Record = {"what": what, "status": "ok", "bytes": case.bytes}
         for kind, (median, low, high) in measured.items():
             record |= {f"{kind}_ms": median, f"{kind}_p20_ms": low, f"{kind}_p80_ms": high}
         record |= {"gb_per_s": bandwidth, "of_copy": bandwidth / self.copy}
-        return record | {"note": case.note if what == "ours" else ""}
+        notes = [case.note if what == "ours" else ""]
+        if relaunched is not None:
+            notes.append(f"no graph, launched from Python: {relaunched}")
+        return record | {"note": "; ".join(filter(None, notes))}
 
     def _recover(self) -> None:
         """After running out of memory: what is kept for the next point may be too much."""

@@ -8,11 +8,13 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from bench.arguments import between, new_parser
 
 _OPS = ("verify_attention", "sparse_attention", "score_keys", "select_topk")
+SECONDS = 0.06  # of a row at a size
 _HELP = """\
 Sweeps tile sizes, warps, pipeline stages and split lengths of each Triton kernel over the sizes
 that its row of the launch table is for, and prints the rows to put into std_kernels/_tuning.py,
@@ -21,8 +23,9 @@ table is frozen, so that a kernel gives the same bits tomorrow.
 
   1. Each configuration is compiled as `bench compile` does; what spills registers, takes more
      shared memory than the GPU has or makes no use of tensor cores is dropped untimed.
-  2. Those left are timed at one size (median, L2 cache cleared); what is not right by the float64
-     reference, or breaks verify_attention's promise of the same bits for any T, is dropped.
+  2. Those left are timed at one size, as `bench kernels` does (median of a captured CUDA graph's
+     replays, L2 cache cleared before each); what is not right by the float64 reference, or breaks
+     verify_attention's promise of the same bits for any T, is dropped.
   3. The best 6 and the present one are timed at every size; of the best, each split length.
 
 A row is changed only for a gain of 2% over all its sizes. Every timing is in DIR/tune.jsonl as
@@ -141,6 +144,7 @@ class Lab:
         self.subject: Any = None
         self.point: Any = None
         self.case: Any = None
+        self.notes: dict[str, str] = {}  # on the newest timing
         self.known: dict[Any, dict[str, Any]] = {}
         for record in results.rows:
             self.known[_key(record)] = record
@@ -193,14 +197,18 @@ class Lab:
                 return self._keep(row, point, f"wrong: error {found:.3g} times what is allowed")
             if self.case.promise is not None and not self.case.promise():
                 return self._keep(row, point, "wrong: a token's bits depend on T")
-            return self._keep(row, point, "ok", ms=self.timer(row, point))
+            ms = self.timer(row, point)
+            return self._keep(row, point, "ok", ms=ms, **self.notes)
         except Exception as error:  # too much shared memory, registers, ...
             return self._keep(row, point, failure(error))
 
     def _median(self, row: Any, point: Any) -> float:
-        from triton.testing import do_bench
+        from bench.kernels.timing import as_graph, cold
 
-        return float(do_bench(self.case.run, warmup=10, rep=60, return_mode="median"))
+        device = self.inputs.device
+        launch, why = as_graph(self.case.run, device)
+        self.notes = {} if why is None else {"relaunched": why}
+        return median(cold(launch, device, SECONDS))
 
     def bad_present(self, present: Any) -> list[str]:
         """What is wrong with the present row at some size."""
@@ -223,4 +231,6 @@ class Lab:
 
 def _key(record: dict[str, Any]) -> str:
     """What a timing is of."""
-    return str(sorted((k, v) for k, v in record.items() if k not in ("status", "ms")))
+    return str(
+        sorted((k, v) for k, v in record.items() if k not in ("status", "ms", "relaunched"))
+    )

@@ -10,12 +10,13 @@ import pytest
 import torch
 
 import std_decode
-from bench import probes, records
+from bench import environment, probes, records
 from bench.__main__ import main
 from bench.decode import cell, tables
 from bench.decode import command as decode
 from bench.models import build, prompts
 from bench.models.dimensions import SHAPES, Shape
+from std_decode import graphs
 from std_decode.cache import SparseToDenseCache
 from std_decode.loop import Decoding
 
@@ -216,6 +217,31 @@ def test_a_failure_costs_nothing_else(bench, monkeypatch):
     assert bench("--ways", "drafts")[0] == 1
 
 
+def test_a_gpu_that_is_not_current_is_the_one_that_is_looked_at(monkeypatch):
+    device, recorded = torch.device("cuda", 1), []
+    event = SimpleNamespace(record=recorded.append)
+    monkeypatch.setattr(torch.cuda, "Event", lambda enable_timing: event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: ("stream of", device))
+    assert probes._now(device) is event and recorded == [("stream of", device)]
+    properties = {
+        device: SimpleNamespace(name="this", total_memory=1e9, multi_processor_count=2)
+    }  # fmt: skip
+    monkeypatch.setattr(torch.cuda, "get_device_properties", properties.__getitem__)
+    assert environment.environment(device)["device"] == "this"
+
+
+def test_what_comes_after_a_capture_that_could_not_be_undone_says_so(bench, monkeypatch):
+    why = "an earlier capture failed and could not be undone (some error)"
+    monkeypatch.setattr(graphs, "spoiled", why)
+    monkeypatch.setattr(prompts.Prompt, "static", lambda *_: 1 / 0)
+    status, records = bench("--ways", "static", "dense")
+    found = of(records, "decode")
+    assert status == 0 and [r["status"] == "ok" for r in found].count(False) == 1
+    for record in found:
+        assert record["note"].count(why) == 1
+        assert why in tables._decode_cells(record, {})[-1]
+
+
 def test_more_ways_on_a_gpu(prompt, monkeypatch):
     """What is tried there, and with which patch."""
     one = make_cell(prompt, acceptance=[0.5, 0.9])
@@ -249,6 +275,19 @@ def test_what_does_not_fit_the_time_box_is_listed(bench):
     done = [what for what, state in states if state == "ok"]
     assert status == 0 and done == ["transformers generate"]
     assert {what for what, state in states if state == "skipped: out of time"} == WAYS - {*done}
+
+
+def test_what_compiles_has_time_for_its_layers(prompt, monkeypatch):
+    """And never more than is left."""
+    one, given = make_cell(prompt), []
+    monkeypatch.setattr(probes, "at_most", given.append)
+    monkeypatch.setattr(one.model.get_decoder().config, "num_hidden_layers", 28)
+    one.deadline = time.monotonic() + 1000
+    one.bounded()
+    assert 1.5 * 55 < given[0] < 3 * 55 and one.late == "its first use took more than 128 s"
+    one.deadline = time.monotonic() + 100
+    one.bounded()
+    assert 99 < given[1] <= 100 and one.late.startswith("out of time")
 
 
 def test_a_first_use_is_interrupted():

@@ -301,6 +301,41 @@ def test_half_precision_passes_too(dtype, tmp_path):
     assert {record["status"] for record in records(tmp_path)[1:]} == {"ok"}
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_the_rival_of_score_keys_is_right_at_every_precision(dtype, tmp_path):
+    """Whose logits must not be rounded to 8 bits on the way."""
+    kind = str(dtype).removeprefix("torch.")
+    assert bench("--dtype", kind, "--op", "score_keys", "--out", tmp_path) == 0
+    assert [(r["what"], r["status"]) for r in records(tmp_path)[2:]] == [
+        ("ours", "ok"), ("eager", "ok"),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_logits_on_a_gpu_are_float32_without_a_copy_of_the_keys(dtype):
+    """By shapes and types alone: one product, of the keys as they are."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    called = []
+
+    class Calls(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            called.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    with FakeTensorMode():
+        rows = torch.empty(3, 2, 28, 64, dtype=dtype, device="cuda")
+        key = torch.empty(3, 2, 500, 64, dtype=dtype, device="cuda")
+        with Calls():
+            found = rivals._products(rows, key)
+    assert found.shape == (3, 2, 28, 500) and found.dtype == torch.float32
+    assert [name for name in called if "bmm" in name] == [
+        "aten.bmm.default" if dtype == torch.float32 else "aten.bmm.dtype"
+    ]
+    assert not [name for name in called if "copy" in name or "clone" in name]
+
+
 @pytest.mark.parametrize("T", [1, 4])
 def test_keys_that_stand_out(T):
     """Each query gives its own position, and a listed one, a good share of its weight."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import std_decode
-from std_decode import graphs, pool
+from std_decode import engine, graphs, pool
 from tests.decode.families import FAMILIES, PAD, TEXT, VOCABULARY
 from tests.decode.margin import behind_best, near_ties
 from tests.decode.recorder import Recording
@@ -83,16 +83,30 @@ def make_case():
 @pytest.fixture
 def recording(monkeypatch):
     """Captures passes on the CPU, by a stand-in for CUDA graphs."""
+
+    def refuse(forward):
+        raise AssertionError("Dynamo compiles nothing within the stand-in; use `uncaptured`")
+
     fake = Recording()
     monkeypatch.setattr(graphs, "unavailable", lambda devices: None)
     monkeypatch.setattr(graphs, "capture", fake)
+    monkeypatch.setattr(engine, "compile_pass", refuse)
     return fake
+
+
+@pytest.fixture
+def uncaptured(monkeypatch):
+    """Passes that count as captured, and run as they are, compiled or not."""
+    monkeypatch.setattr(graphs, "unavailable", lambda devices: None)
+    monkeypatch.setattr(graphs, "capture", lambda step, pool: step)
+    torch._dynamo.reset()
 
 
 @pytest.fixture(autouse=True)
 def captured(request, monkeypatch):
     """With ``--captured`` every test has its passes captured, but those marked `eager`."""
-    if not request.config.getoption("--captured") or "recording" in request.fixturenames:
+    chosen = {"recording", "uncaptured"}.intersection(request.fixturenames)
+    if not request.config.getoption("--captured") or chosen:
         return
     if request.node.get_closest_marker("eager") is not None:
         pytest.skip("is about passes that are not captured")

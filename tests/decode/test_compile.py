@@ -25,14 +25,6 @@ COMPILED = (
 )
 
 
-@pytest.fixture
-def uncaptured(monkeypatch):
-    """Passes that count as captured, and run as they are."""
-    monkeypatch.setattr(graphs, "unavailable", lambda devices: None)
-    monkeypatch.setattr(graphs, "capture", lambda step, pool: step)
-    torch._dynamo.reset()
-
-
 @pytest.mark.parametrize(
     "family",
     [pytest.param(f, marks=[] if f in COMPILED else pytest.mark.slow) for f in FAMILIES],

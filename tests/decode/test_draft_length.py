@@ -9,7 +9,7 @@ import torch
 from torch._dynamo.testing import CompileCounter
 
 import std_decode
-from std_decode import engine, graphs, policy as policies
+from std_decode import engine, policy as policies
 from std_decode.cost import Workload, expected_tokens
 from std_decode.policy import COMPILED_LENGTHS, FEW, LENGTHS, DraftLength, Policy
 from tests.decode.observers import Watches
@@ -190,17 +190,14 @@ def test_each_length_is_captured_once(make_case, recording, every_length):
 
 
 @pytest.fixture
-def compiled(monkeypatch):
+def compiled(uncaptured, monkeypatch):
     """Counts what is compiled, of passes that count as captured."""
     counter = CompileCounter()
-    monkeypatch.setattr(graphs, "unavailable", lambda devices: None)
-    monkeypatch.setattr(graphs, "capture", lambda step, pool: step)
     monkeypatch.setattr(
         engine,
         "compile_pass",
         lambda forward: torch.compile(forward, fullgraph=True, dynamic=False, backend=counter),
     )
-    torch._dynamo.reset()
     return counter
 
 

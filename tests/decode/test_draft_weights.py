@@ -554,10 +554,7 @@ def test_captured_drafts_have_the_twins_in_them(make_case, monkeypatch, rows):
 
 
 @pytest.mark.parametrize("family", ["qwen2_vl", "llama"])
-def test_compiled_passes_are_whole(make_case, monkeypatch, family):
-    monkeypatch.setattr(graphs, "unavailable", lambda devices: None)
-    monkeypatch.setattr(graphs, "capture", lambda step, pool: step)
-    torch._dynamo.reset()
+def test_compiled_passes_are_whole(make_case, uncaptured, monkeypatch, family):
     used = []
 
     def backend(graph, inputs):

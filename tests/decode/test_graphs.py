@@ -318,7 +318,7 @@ def test_an_error_in_mid_call_drops_the_buffers(make_case, recording):
 
 
 def test_few_graphs_live_at_a_time():
-    kept = graphs.Graphs()
+    kept = graphs.Graphs(torch.device("cpu"))
     for key in range(30):
         kept.captured[key] = lambda key=key: torch.tensor(key)
     assert int(kept.run(29, lambda: None)) == 29

@@ -169,7 +169,7 @@ def _look(model: Any, rounds: int, milliseconds: float) -> Look:
         if isinstance(x, torch.Tensor) and not isinstance(x, FakeTensor)
     ]
     storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}
-    device = torch.cuda.memory_allocated() if torch.cuda.is_available() else 0
+    device = torch.cuda.memory_allocated(model.device) if model.device.type == "cuda" else 0
     return Look(
         rounds, resident(), device, len(tensors), sum(storages.values()), passes, milliseconds
     )
@@ -227,7 +227,8 @@ def run(options: argparse.Namespace) -> int:
             wrong += grown(looks)
             lines.append(_row_of(name, looks))
             print(*(asdict(look) for look in looks), sep="\n", file=sys.stderr)
-    device = torch.cuda.get_device_name() if options.device == "cuda" else "CPU, 1 process"
+    cuda = options.device.startswith("cuda")
+    device = torch.cuda.get_device_name(options.device) if cuda else "CPU, 1 process"
     text = "\n".join([
         f"`python -m tests.reliability soak --rounds {options.rounds}` ({about()}; {device}). "
         "Medians of the second and the last quarter; the time per round is of the processor, "
