@@ -76,7 +76,13 @@ def _check_kind(model: PreTrainedModel) -> None:
             f"{name} has a generate() of its own that runs the one of its {inner}, expected "
             f"transformers' generate(); patch model.{inner} instead"
         )
-    config = model.get_decoder().config
+    decoder = model.get_decoder()
+    if not hasattr(decoder, "config"):
+        raise Failed(
+            f"{name} gives a {type(decoder).__name__} as its decoder (get_decoder()), expected a "
+            "transformers model"
+        )
+    config = decoder.config
     types = set(getattr(config, "layer_types", None) or ()) - _LAYER_TYPES
     if types:
         raise Failed(f"{name} has layers of type {', '.join(sorted(types))}")

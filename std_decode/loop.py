@@ -61,7 +61,9 @@ class Decoding:
         self.choose.begin(outputs.logits[:, -1], rows.text.device)
         self.begin_round(0)
         self.accept(rows.text[:, :0], outputs.logits[:, -1:])
-        kwargs = model._update_model_kwargs_for_generation(outputs, kwargs)
+        kwargs = model._update_model_kwargs_for_generation(
+            outputs, kwargs, is_encoder_decoder=False
+        )
         del outputs  # the prompt's logits may be large
         first = rows.text[:, : rows.prompt + 1]
         inputs = model.prepare_inputs_for_generation(first, next_sequence_length=1, **kwargs)

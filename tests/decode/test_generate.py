@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import (
     DynamicCache,
+    LlamaForCausalLM,
     LogitsProcessor,
     LogitsProcessorList,
     StoppingCriteria,
@@ -318,3 +319,22 @@ def test_two_threads(make_case):
             assert torch.equal(tokens, expected[id(case)])
         for model in {id(c.model): c.model for c in pair}.values():
             std_decode.unpatch(model)
+
+
+def test_a_model_that_updates_its_inputs_as_mllama_does(make_case):
+    """What transformers says by name at each step has to be said."""
+
+    class Asking(LlamaForCausalLM):
+        def _update_model_kwargs_for_generation(
+            self, outputs, model_kwargs, is_encoder_decoder, **kwargs
+        ):
+            assert is_encoder_decoder is False
+            return super()._update_model_kwargs_for_generation(
+                outputs, model_kwargs, is_encoder_decoder, **kwargs
+            )
+
+    case = make_case("llama", rows=2)
+    case.model.__class__ = Asking
+    expected, got, stats = both(case)
+    assert stats.fallback is None and stats.rounds > 0 and stats.mode == "ragged"
+    case.assert_same_tokens(expected, got)
