@@ -8,6 +8,7 @@ import transformers
 from transformers import LlamaForCausalLM
 
 import std_decode
+from std_decode.eligibility import SUPPORTED
 from tests.decode.survey.__main__ import main, names, outcome_of
 from tests.decode.survey.ask import FAULT, IDENTICAL, NOT_BUILT, REFUSED, UNPATCHED, Outcome, ask
 from tests.decode.survey.build import built
@@ -107,14 +108,14 @@ def change_the_config(model):
     model.config.use_cache = False
 
 
-NAMED = f"patch: LlamaForCausalLM is one; {std_decode.eligibility.SUPPORTED}"
+NAMED = f"patch: LlamaForCausalLM is one; {SUPPORTED}"
 
 
 @pytest.mark.parametrize(
     "patch, words",
     [
         (raising(KeyError("of its own")), "patch raised KeyError"),
-        (refusing("patch: this model is one"), "names no LlamaForCausalLM"),
+        (refusing(f"patch: this model is one; {SUPPORTED}"), "names no LlamaForCausalLM"),
         (refusing(NAMED, put_a_hook), "refused, and its hooks changed"),
         (refusing(NAMED, change_the_config), "refused, and its config changed"),
         (refusing(NAMED, change_a_weight), "now it says something else"),
