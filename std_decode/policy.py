@@ -9,11 +9,11 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
 
 from std_decode.cost import Device, Workload, expected_tokens
+from std_decode.times import UNSTRAINED, Round, Times, odd
 
 # The draft lengths that are tried. Each is a shape of its own to capture, and the best of these is
 # never far behind the best of all.
@@ -27,53 +27,18 @@ SUPPOSED_DRAFTS = 6.0  # and how many drafts' worth that supposition is
 MEMORY = 0.96  # weight that is left to a round's drafts after one more round,
 STALE = 0.995  # and after a dense step: what is not seen is not known for long,
 FAINT = 1e-6  # drafts' worth, of which no more is forgotten
-SLOPE = 0.03  # of a dense step, for each more token to verify, before that is measured
 WORTH = 1.04  # drafting has to gain this much
 HOPED = 0.95  # acceptance at which it would have to, for a trial,
 RISK = 0.02  # of the time so far may be lost by trying drafts out,
 ONE_ROUND = 3.0  # or this many dense steps' worth, of which no answer is spared
-HICCUP = 2.0  # times what it should take: something else went on, if it is not so again
 CREDIT = 10.0  # dense steps' worth, of what drafts gained, that may be lost where the text changes
 FEW = 3  # dense steps that have to be timed before anything is compared with them,
-REFRESH = 48  # and rounds after which one is timed again
+REFRESH = 48  # and rounds after which one is timed again,
+SOON = 6  # or where the newest few differ,
+ALIKE = 1.1  # by more than this factor
 LOOK = 8  # dense steps from one weighing up to the next, while it comes to no drafts
 FIRST = 16  # tokens before the first trial: right after a prompt all steps are slow
 PAUSE = 64  # dense steps between two trials at first; twice as many after each
-
-
-@dataclass
-class Times:
-    """Seconds that passes of one shape took lately: the median of the newest few.
-
-    Attributes:
-        dense: of a dense step, with all that comes with it.
-        draft: of one draft step.
-        verify: of a round less its draft steps, by the number of tokens that it verified.
-    """
-
-    dense: deque[float] = field(default_factory=lambda: deque(maxlen=9))
-    draft: deque[float] = field(default_factory=lambda: deque(maxlen=9))
-    verify: dict[int, deque[float]] = field(default_factory=dict)
-
-    def verify_seconds(self, numbers: Sequence[int]) -> list[float]:
-        """Of rounds that verify so many tokens each."""
-        dense = median(self.dense)
-        # A copy: calls in other threads learn into the same.
-        known = {count: median(seconds) for count, seconds in list(self.verify.items())}
-        return [self._verify_seconds(tokens, dense, known) for tokens in numbers]
-
-    @staticmethod
-    def _verify_seconds(tokens: int, dense: float, known: Mapping[int, float]) -> float:
-        """Measured, else by a line through the nearest two that are, else a guess."""
-        if tokens in known:
-            return known[tokens]
-        near = sorted(known, key=lambda count: abs(count - tokens))[:2]
-        if not near:
-            return dense * (1 + SLOPE * tokens)
-        slope = SLOPE * dense
-        if len(near) == 2:
-            slope = max(0.0, (known[near[0]] - known[near[1]]) / (near[0] - near[1]))
-        return max(dense, known[near[0]] + slope * (tokens - near[0]))
 
 
 class FixedLength:
@@ -108,6 +73,7 @@ class Policy:
         self.times: dict[tuple[int, int], Times] = {}
         self.draft_times: dict[int, deque[float]] = {}
         self.acceptance = SUPPOSED
+        self.behind = 0.0  # dense steps' worth; negative: what calls left of what they may lose
 
     def begin(
         self,
@@ -139,6 +105,10 @@ class DraftLength:
     The first few steps are dense, unless such steps have been timed before. Then each
     round drafts as many tokens as promise the most tokens a second, or none. Where drafts seem to
     lose they are tried again, rarely, as long as all such trials together cost little.
+
+    Other work on the machine slows passes, and not all kinds alike, so drafts are weighed against
+    dense steps of about the same moment: some are timed in between, one at once after a round that
+    took what none should.
     """
 
     def __init__(
@@ -154,10 +124,15 @@ class DraftLength:
         self.agreed = [SUPPOSED_DRAFTS * policy.acceptance] * rows
         self.tried = [SUPPOSED_DRAFTS] * rows
         self.length = 0  # of the newest round
-        self.since_dense = 0  # rounds
+        # Rounds; what an earlier call timed is soon timed again.
+        self.since_dense = REFRESH - SOON if times.dense else 0
         self.steps = 0.0  # tokens a row has got,
-        self.behind = 0.0  # and dense steps' worth of time that this took more than dense steps
-        self.doubted = False  # the time of the newest round
+        self.behind = policy.behind  # and dense steps' worth of time that it took more than those
+        # What took too long or too short, to be believed if it is so again.
+        self.doubted: Round | None = None
+        self.doubted_dense: float | None = None
+        # Dense steps' worth that was lost so, and rounds; each may take as much more on average.
+        self.hiccups, self.rounds = 0.0, UNSTRAINED
         self.next_trial, self.pause = float(FIRST), float(PAUSE)
         self.trying = False
         self.next_look = 0.0
@@ -165,8 +140,10 @@ class DraftLength:
     def choose(self, rows: Sequence[int]) -> int:
         """Tokens to draft in the next round; `rows` are those that still need tokens."""
         self.trying = False
-        measure = len(self.times.dense) < FEW or self.since_dense >= REFRESH
-        if measure or self.steps < self.next_look:
+        newest = list(self.times.dense)[-FEW:]
+        alike = len(newest) == FEW and max(newest) <= ALIKE * min(newest)
+        measure = len(newest) < FEW or self.since_dense >= (REFRESH if alike else SOON)
+        if measure or self.doubted_dense is not None or self.steps < self.next_look:
             return self.settle(0)
         best = self._best(rows)
         if best == 0:  # little is learnt from a dense step, and to weigh up takes time
@@ -174,51 +151,49 @@ class DraftLength:
         return self.settle(best)
 
     def _best(self, rows: Sequence[int]) -> int:
-        dense = median(self.times.dense)
-        lengths = self.policy.lengths
-        cost = {g: s / dense for g, s in zip(lengths, self._seconds(lengths))}  # in dense steps
-        worth = {g: self._tokens(g, rows) / cost[g] for g in cost}
+        dense, lengths = median(self.times.dense), self._within_reach()
+        hiccups = self.hiccups / self.rounds
+        cost = {g: s / dense + hiccups for g, s in zip(lengths, self._seconds(lengths))}
+        worth = {g: self._tokens(g, rows) / cost[g] for g in cost} | {0: 1.0}
         if self.length in worth:
             worth[self.length] *= WORTH  # do not waver
         allowed = max(RISK * self.steps, ONE_ROUND)
-        # Of those that could be paid for if no draft agreed.
-        worth = {g: w for g, w in worth.items() if self.behind + cost[g] - 1 <= allowed}
-        best = max(worth, key=lambda g: worth[g], default=0)
-        if best and worth[best] > WORTH:
+        # Those that could be paid for if no draft agreed.
+        paid = [g for g in lengths if self.behind + cost[g] - 1 <= allowed]
+        best = max((0, *paid), key=lambda g: worth[g])
+        if best:
             return best
-        # Try again where it could pay if every draft agreed (nearly every one, where the time of a
-        # draft is known), and costs little if none does.
-        hoped = HOPED if self.times.draft else 1.0
-        hopeful = [
-            gamma
-            for gamma in cost
-            if expected_tokens(hoped, gamma) / cost[gamma] > WORTH
-            and self.behind + cost[gamma] - 1 < allowed
-        ]
-        if self.steps < self.next_trial or not hopeful:
+        if self.steps < self.next_trial or not paid:
             return 0
+        # Try again: what could pay if nearly every draft agreed, or else the shortest, for drafts
+        # may take less by now.
         self.trying = True
-        # The shortest tells as well how long a draft step takes, and costs least.
-        return hopeful[-1 if self.times.draft else 0]
+        hopeful = [g for g in paid if expected_tokens(HOPED, g) / cost[g] > WORTH]
+        return hopeful[-1] if hopeful and self.times.draft else paid[0]
+
+    def _within_reach(self) -> Sequence[int]:
+        """Lengths that are no leap in the dark: to the square of the most tokens yet verified."""
+        lengths, most = self.policy.lengths, max(list(self.times.verify), default=1)
+        if self.doubted is not None and all(self._odd(self.doubted)):
+            return lengths[:1]  # it may take as much again
+        return lengths[: 1 + sum(gamma < most**2 for gamma in lengths)]
 
     def _draft(self) -> float:
         """Seconds of a draft step."""
-        times = self.times
-        if times.draft:
-            return median(times.draft)
-        return self.draft_ratio * median(times.dense) if times.dense else math.inf
+        if known := list(self.times.draft):
+            return median(known)
+        return self.draft_ratio * median(self.times.dense) if self.times.dense else math.inf
 
     def _rest(self, gamma: int) -> float:
         """Seconds of what else a round with so many drafts takes; infinite if nothing is known."""
-        times = self.times
-        if not times.dense:
-            return math.inf
-        return times.verify_seconds([gamma + 1])[0] if gamma else median(times.dense)
+        return self.times.verify_seconds([gamma + 1])[0] if self.times.dense else math.inf
 
     def _seconds(self, lengths: Sequence[int]) -> list[float]:
         """Of rounds that draft so many tokens each."""
         draft = self._draft()
         verify = self.times.verify_seconds([gamma + 1 for gamma in lengths])
+        # What slows passes at random is in an average, of draft steps, but not in a median.
+        draft /= self.times.strain
         return [gamma * draft + seconds for gamma, seconds in zip(lengths, verify)]
 
     def _tokens(self, gamma: int, rows: Sequence[int]) -> float:
@@ -246,38 +221,114 @@ class DraftLength:
                 tell nothing of rounds to come.
         """
         self.length, self.since_dense = gamma, self.since_dense + 1
-        times, expected = self.times, self._rest(gamma)
-        # Capturing is for later rounds too, so what it took is not held against this one; nor is
-        # what a machine with other things to do took, until it does so twice.
-        self.doubted = not first_use and not self.doubted and rest > HICCUP * expected
-        if first_use:
-            draft = gamma and gamma * self._draft()
-        if first_use or self.doubted:
-            rest = expected
-        elif gamma:
-            times.verify.setdefault(gamma + 1, deque(maxlen=5)).append(rest)
-        else:
-            times.dense.append(rest)
+        self.steps += tokens
         if gamma == 0:
             self.since_dense = 0
             keep = STALE if min(self.tried) > FAINT else 1.0
             self.agreed = [keep * x for x in self.agreed]
             self.tried = [keep * x for x in self.tried]
-        else:
             if not first_use:
-                times.draft.append(draft / gamma)
-            for row, count in agreed.items():
-                self.agreed[row] = MEMORY * self.agreed[row] + count
-                # Drafts after the first that does not agree tell nothing.
-                self.tried[row] = MEMORY * self.tried[row] + min(count + 1, gamma)
-        self.steps += tokens
-        if self.trying and not first_use:  # else again: nothing is known of its time yet
+                self._learn_dense(rest)
+            return
+        for row, count in agreed.items():
+            self.agreed[row] = MEMORY * self.agreed[row] + count
+            # Drafts after the first that does not agree tell nothing.
+            self.tried[row] = MEMORY * self.tried[row] + min(count + 1, gamma)
+        if first_use:
+            # Capturing is for later rounds too, so what it took is not held against this one.
+            self._bill(Round(gamma, gamma * self._draft(), self._rest(gamma), tokens))
+            return
+        self._learn(Round(gamma, draft, rest, tokens))
+        if self.trying and self.doubted is None:  # else again: its time is not known yet
             self.next_trial = self.steps + self.pause
             self.pause *= 2
-        if times.dense and rest < math.inf:
-            lost = (draft + rest) / median(times.dense) - tokens
-            self.behind = max(self.behind + lost, -CREDIT)
+
+    def _learn_dense(self, seconds: float) -> None:
+        times, before = self.times, self.doubted_dense
+        self.doubted_dense = None
+        if len(times.dense) < FEW:
+            times.dense.append(seconds)
+            return
+        known = median(times.dense)
+        if not odd(seconds, known):
+            for each in (seconds, before):
+                if each is not None:
+                    times.strained(each / known)
+            times.dense.append(seconds)
+            # It is not the machine. Where no draft was timed before, one such round is enough.
+            if self.doubted is not None and not times.draft and all(self._odd(self.doubted)):
+                doubted, self.doubted = self.doubted, None
+                self._time(doubted)
+        elif before is None or (before > known) != (seconds > known):
+            self.doubted_dense = seconds
+        else:
+            self._dense_changed(before, seconds)
+
+    def _dense_changed(self, *seconds: float) -> None:
+        times = self.times
+        known = median(times.dense)
+        times.dense = deque(seconds, times.dense.maxlen)
+        # Where the machine is slower, drafts are taken to be so too until they are timed; where it
+        # is faster, they may pay that did not.
+        if median(seconds) > known:
+            times.slow_drafts(median(seconds) / known)
+        else:
+            times.forget_drafts()
+        if self.doubted is not None:
+            doubted, self.doubted = self.doubted, None
+            self._learn(doubted)
+
+    def _odd(self, round: Round) -> tuple[bool, bool]:
+        """Whether its drafts, and what else it did, took what they should not.
+
+        Both do where the machine has changed, one where something just got in between.
+        """
+        if not self.times.dense:
+            return False, False
+        draft = odd(round.draft, round.gamma * self._draft())
+        return draft, odd(round.rest, self._rest(round.gamma))
+
+    def _learn(self, round: Round) -> None:
+        before, self.doubted = self.doubted, None
+        draft, rest = self._odd(round)
+        if not rest and not (draft and self.times.draft):
+            if before is not None:  # something else went on, which may be so again
+                lost = max(0.0, self._lost(before))
+                self.hiccups += lost
+                self.behind = max(self.behind, min(0.0, self.behind + lost))
+                self.times.draft.append(before.draft / before.gamma)
+            self._time(round)
+        elif before is not None:
+            if draft and rest:
+                self.times.forget_drafts()
+            self._time(before)
+            self._time(round)
+        else:
+            self.doubted = round
+            stalled = rest and not draft and round.rest > self._rest(round.gamma)
+            if not stalled:  # a dense step tells whether it is the machine
+                self.since_dense = REFRESH
+
+    def _time(self, round: Round) -> None:
+        times = self.times
+        times.draft.append(round.draft / round.gamma)
+        times.verify.setdefault(round.gamma + 1, deque(maxlen=5)).append(round.rest)
+        self._bill(round)
+
+    def _lost(self, round: Round) -> float:
+        """Dense steps' worth that it took more than dense steps."""
+        cost = (round.draft + round.rest) / median(self.times.dense)
+        return cost - round.tokens * self.times.strain
+
+    def _bill(self, round: Round) -> None:
+        if self.times.dense:
+            lost = self._lost(round) + self.hiccups / self.rounds
+            # Of what a stalled round took too long, no more is held against those to come.
+            most = CREDIT + max(RISK * self.steps, ONE_ROUND)
+            self.behind = max(min(self.behind + lost, most), -CREDIT)
+            self.rounds += 1
 
     def end(self) -> None:
-        """Leave what was learnt of the acceptance to the next call."""
+        """Leave to the next call what was learnt of the acceptance, and what may be lost yet."""
         self.policy.acceptance = sum(self.agreed) / sum(self.tried)
+        self.policy.behind = max(-CREDIT, min(0.0, self.behind - RISK * self.steps))
