@@ -181,6 +181,11 @@ def bucket(tokens: int) -> int:
     return -(-tokens // BUCKET) * BUCKET
 
 
+def sliding_windows(config: PreTrainedConfig) -> list[int | None]:
+    """Of each decoder layer; None where it attends to everything."""
+    return [getattr(x, "sliding_window", None) for x in DynamicCache(config=config).layers]
+
+
 class _Length:
     """How long a layer of the caller's cache was, and back to that."""
 
@@ -244,7 +249,7 @@ class SparseToDenseCache(Cache):
         device: torch.device,
         most_drafts: int = 0,
     ):
-        windows = [getattr(x, "sliding_window", None) for x in DynamicCache(config=config).layers]
+        windows = sliding_windows(config)
         super().__init__(layers=[BufferLayer(self, window) for window in windows])
         self.capacity, self.most_drafts = bucket(capacity), most_drafts
         self.lengths = torch.zeros(batch, dtype=torch.int64, device=device)

@@ -23,7 +23,7 @@ from transformers.generation.stopping_criteria import (
 )
 
 from std_decode import rope
-from std_decode.cache import CACHE
+from std_decode.cache import CACHE, sliding_windows
 from std_decode.changes import training_part
 from std_decode.eligibility import CACHE_LAYERS
 from std_decode.sampling import STATELESS
@@ -78,7 +78,7 @@ def fallback_reason(
         return "the attention mask does not fit the prompt and the cache given"
     if mask is not None and not _ends_with_ones(mask):
         return "the attention mask is not made of zeros and ones, the last of every row a one"
-    if any(_windows(model)) and holes_first(mask) is not None:
+    if any(sliding_windows(model.get_decoder().config)) and holes_first(mask) is not None:
         return "the attention mask has holes, which count in the model's sliding windows"
     if not _rope_is_constant(model, past, new, input_ids, config, kwargs["position_ids"]):
         return "the model's RoPE depends on the sequence length, and changes within this call"
@@ -93,7 +93,7 @@ def _cache_reason(model: PreTrainedModel, cache: Any, batch: int) -> str | None:
         return "the cache given has layers of another kind than DynamicCache makes"
     if not cache.get_seq_length():
         return None
-    windows = _windows(model)
+    windows = sliding_windows(model.get_decoder().config)
     for layer, window in zip(cache.layers, windows):
         if getattr(layer, "sliding_window", window) != window:
             return "the cache given has other sliding windows than the model"
@@ -103,12 +103,6 @@ def _cache_reason(model: PreTrainedModel, cache: Any, batch: int) -> str | None:
     if any(layer.keys.shape[0] != batch for layer in cache.layers):
         return "the cache given has another batch size than the prompt"
     return None
-
-
-def _windows(model: PreTrainedModel) -> list[int | None]:
-    """The sliding window of each layer."""
-    layers = DynamicCache(config=model.get_decoder().config).layers
-    return [getattr(layer, "sliding_window", None) for layer in layers]
 
 
 def prompt_parts(
