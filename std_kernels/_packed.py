@@ -14,7 +14,6 @@ from torch import Tensor
 # two cores, 20 to 23 ms in chunks of 2^18 or 2^20.
 MAX_LOGITS = 1 << 19
 INF = float("inf")
-LOG2_E = math.log2(math.e)
 
 
 def attend(
@@ -42,57 +41,6 @@ def attend(
         outs.append(torch.matmul(block.sub_(lse).exp_(), values).to(rows.dtype))
         lses.append(lse.squeeze(-1))
     return torch.cat(outs, 2), torch.cat(lses, 2)
-
-
-def attend_in_chunks(
-    rows: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    scale: float,
-    softcap: float | None,
-    cut: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """`attend` of many float32 rows to many keys, all seen, and their scores from the same logits.
-
-    As fast as the fused kernel, which hands no logits out (32 rows of 2 heads, D 32, 16384 keys,
-    2 threads: 1.0 ms each), and a second look at the keys for the scores would take as long again.
-
-    Args:
-        cut: [B, Hkv, R, 1], what scores take the sigmoid of the logits less; None for no scores.
-
-    Returns:
-        out [B, Hkv, R, D], lse [B, Hkv, R], and scores [B, Hkv, n], the sum over rows, or None.
-    """
-    heads, count = rows.shape[:2], keys.shape[2]
-    # In powers of 2: exp2 is vectorised where exp is a library call that takes four times as long.
-    rows = (rows * (scale if softcap is not None else scale * LOG2_E)).flatten(0, 1)
-    keys, values = keys.flatten(0, 1), values.flatten(0, 1)
-    best = rows.new_full((*rows.shape[:2], 1), -INF)
-    total, out = torch.zeros_like(best), torch.zeros_like(rows)
-    scores = None if cut is None else rows.new_empty(len(rows), count)
-    cut = None if cut is None else cut.flatten(0, 1)
-    step = min(count, max(1, MAX_LOGITS // max(1, rows.shape[:2].numel())))
-    # Memory that came fresh from the system for each block would cost more than the work on it.
-    logit, share = (rows.new_empty(*rows.shape[:2], step) for _ in range(2))
-    for start in range(0, count, step):
-        part = slice(start, min(start + step, count))
-        block = logit[..., : part.stop - start]
-        torch.bmm(rows, keys[:, part].transpose(1, 2), out=block)
-        if softcap is not None:
-            block.div_(softcap).tanh_().mul_(softcap * LOG2_E)
-        if scores is not None and cut is not None:
-            near = share[..., : part.stop - start]
-            torch.mul(block, 1 / LOG2_E, out=near)
-            torch.sum(near.sub_(cut).sigmoid_(), dim=1, out=scores[:, part])
-        newest = torch.maximum(best, block.amax(dim=-1, keepdim=True))
-        weights = block.sub_(newest).exp2_()
-        fade = (best - newest).exp2_()
-        total = total.mul_(fade).add_(weights.sum(dim=-1, keepdim=True))
-        out = torch.baddbmm(out.mul_(fade), weights, values[:, part])
-        best = newest
-    lse = (best + total.log2()).div_(LOG2_E).squeeze(-1)
-    given = None if scores is None else scores.unflatten(0, heads)
-    return out.div_(total).unflatten(0, heads), lse.unflatten(0, heads), given
 
 
 def logits(rows: Tensor, keys: Tensor, scale: float, softcap: float | None) -> Tensor:

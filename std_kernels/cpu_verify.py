@@ -1,21 +1,30 @@
-"""verify_attention in plain PyTorch for CPU users; see `cpu` for what its ops have in common."""
+"""verify_attention in plain PyTorch for CPU users; see `cpu` for what its ops have in common.
+
+A token has the same bits whatever it is computed with. Its keys are cut at places that follow
+from its own position alone, counted from `kv_start` (o the token, . unseen):
+
+                       past, all seen        own block
+    no window    |------------------------|----o.......|
+    window       |..----|-----------------|----o.......|
+                first block
+
+The past is read where it lies. The first and own blocks are copied and masked, with zeros from
+`kv_len` on, where there may be NaN. Tokens with the same cuts go together. What then could still
+differ is how a matrix product adds up; see `_blocks`.
+"""
+
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from std_kernels._packed import (
-    INF,
-    MAX_LOGITS,
-    attend,
-    attend_in_chunks,
-    logits,
-    nothing_seen,
-    ranges,
-    unpack,
-)
+from std_kernels._blocks import attend_rows, merge
+from std_kernels._packed import INF, MAX_LOGITS, logits, nothing_seen, ranges
 
-_MAX_BIAS = 1 << 24
-_LONG = 2048  # keys: from here on two calls without a mask cost less than one with
+# A call whose tokens lie on both sides of a border reads the past twice, at T 8 one in 18; blocks
+# half as long would make it one in 9, longer ones take longer to copy.
+BLOCK = 128
+_LONG = 1024  # keys: from here on an odd number of KV heads halves them
 
 
 def verify_attention(
@@ -29,24 +38,17 @@ def verify_attention(
     softcap: float | None,
     sinks: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """One attention call when all rows share a range, else one a row."""
-    if len(query) == query.shape[2] == 1 and window is None:
-        # A dense step of one row, where each microsecond beside the attention itself counts.
-        low, high = 0 if kv_start is None else int(kv_start), int(kv_len)
-        if low < high:
-            rows = query.reshape(1, key.shape[1], -1, query.shape[3])
-            keys, values = key.narrow(2, low, high - low), value.narrow(2, low, high - low)
-            return unpack(query, *attend(rows, keys, values, None, scale, softcap), sinks)
-    limits = ranges(kv_len, kv_start, query.shape[2], window)
-    if len(set(limits)) == 1:
-        return _verify_range(query, key, value, *limits[0], window, scale, softcap, sinks)
+    """One pass when all rows share a range and lie evenly in memory, else one a row."""
+    limits = ranges(kv_len, kv_start, query.shape[2], None)
+    options = (window, scale, softcap, sinks)
+    if len(set(limits)) == 1 and _even(key) and _even(value):
+        low, high = limits[0]
+        return _verify_range(query, key, value, low, high, *options)
     out = torch.empty_like(query, memory_format=torch.contiguous_format)
     lse = query.new_empty(query.shape[:3], dtype=torch.float32)
     for b, (low, high) in enumerate(limits):
         row = slice(b, b + 1)
-        out[row], lse[row] = _verify_range(
-            query[row], key[row], value[row], low, high, window, scale, softcap, sinks
-        )
+        out[row], lse[row] = _verify_range(query[row], key[row], value[row], low, high, *options)
     return out, lse
 
 
@@ -62,42 +64,23 @@ def verify_attention_with_scores(
     softcap: float | None,
     sinks: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """verify_attention, and scores that cannot change its results: a second pass over the keys.
-
-    Over many keys the scores come from the same logits as the results, which are those of
-    verify_attention bit for bit.
-    """
-    B, Hq, T, _ = query.shape
+    """verify_attention, and scores that cannot change its results: a second pass over the keys."""
+    out, lse = verify_attention(query, key, value, kv_len, kv_start, window, scale, softcap, sinks)
     scores = key.new_zeros(key.shape[:3], dtype=torch.float32)
     # +inf switches a row off. The finite floor keeps a masked logit less it at -inf, not NaN.
     cut = score_lse.nan_to_num(nan=INF, posinf=INF, neginf=torch.finfo(torch.float32).min)
-    limits = ranges(kv_len, kv_start, T, window)
+    B = len(query)
+    limits = ranges(kv_len, kv_start, query.shape[2], window)
     parts = [slice(0, B)] if len(set(limits)) == 1 else [slice(b, b + 1) for b in range(B)]
-    out = torch.empty_like(query, memory_format=torch.contiguous_format)
-    lse = query.new_empty(query.shape[:3], dtype=torch.float32)
     for rows, (low, high) in zip(parts, limits):
-        given = query[rows], key[rows], value[rows]
-        first = low
-        if _in_parts(query, low, high, window):
-            packed = cut[rows].reshape(-1, key.shape[1], Hq // key.shape[1] * T, 1)
-            out[rows], lse[rows] = _verify_parts(
-                *given, low, high, scale, softcap, sinks, packed, scores[rows]
-            )
-            first = high - T
-        else:
-            out[rows], lse[rows] = _verify_range(*given, low, high, window, scale, softcap, sinks)
-        _score_range(scores[rows], *given[:2], cut[rows], first, high, window, scale, softcap)
+        given = query[rows], key[rows], cut[rows]
+        _score_range(scores[rows], *given, low, high, window, scale, softcap)
     return out, lse, scores
 
 
-def _causal_bias(T: int, n: int, window: int | None, like: Tensor) -> Tensor | None:
-    """0 where query t of the last T of n positions sees a key, else -inf: [T, n], or None."""
-    if T == 1 and (window is None or n <= window):
-        return None
-    bias = like.new_full((T, n), -INF).triu_(n - T + 1)
-    if window is not None and n > window:
-        bias += like.new_full((T, n), -INF).tril_(n - T - window)
-    return bias
+def _even(cache: Tensor) -> bool:
+    """Whether batch and KV heads [B, Hkv] can be seen as one dimension without a copy."""
+    return cache.shape[0] <= 1 or cache.stride(0) == cache.shape[1] * cache.stride(1)
 
 
 def _verify_range(
@@ -111,75 +94,123 @@ def _verify_range(
     softcap: float | None,
     sinks: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Attention of queries that are the last T of positions low to high, GQA-packed."""
-    B, Hq, T, D = query.shape
-    Hkv = key.shape[1]
-    G, n = Hq // Hkv, high - low
-    options = (window, scale, softcap, sinks)
-    if n < T:
-        # The first T - n queries stand before the range and see nothing.
-        out, lse = nothing_seen(query, sinks)
-        if n > 0:
-            out[:, :, T - n :], lse[:, :, T - n :] = _verify_range(
-                query[:, :, T - n :], key, value, low, high, *options
-            )
-        return out, lse
-    if _in_parts(query, low, high, window):
-        return _verify_parts(query, key, value, low, high, scale, softcap, sinks)
-    if T > 1 and G * T * n > _MAX_BIAS:
-        half = T // 2
-        first = _verify_range(query[:, :, :half], key, value, low, high - T + half, *options)
-        last = _verify_range(query[:, :, half:], key, value, low, high, *options)
-        return torch.cat((first[0], last[0]), 2), torch.cat((first[1], last[1]), 2)
-    bias = _causal_bias(T, n, window, query)
-    if bias is not None:
-        bias = bias.repeat(G, 1)
-    rows = query.reshape(B, Hkv, G * T, D)
-    keys, values = key[:, :, low:high], value[:, :, low:high]
-    out, lse = attend(rows, keys, values, bias, scale, softcap)
-    return unpack(query, out, lse, sinks)
+    """Attention of queries that are the last T of positions low to high."""
+    T = query.shape[2]
+    seen = min(T, max(0, high - low))
+    if not seen or not len(query):
+        return nothing_seen(query, sinks)
+    keys, values = _in_a_row(key), _in_a_row(value)
+    outs, lses = [], []
+    if seen < T:
+        # The first queries stand before the range.
+        out, lse = nothing_seen(query[:, :, : T - seen], sinks)
+        outs, lses = [out], [lse]
+    begin, position = T - seen, high - low - seen
+    while begin < T:
+        end = begin + _same_cuts(position, T - begin, window)
+        rows = query if end - begin == T else query[:, :, begin:end]
+        out, lse = _verify_alike(
+            rows, keys, values, low, high, position, window, scale, softcap, sinks
+        )
+        outs.append(out)
+        lses.append(lse)
+        begin, position = end, position + end - begin
+    return (outs[0], lses[0]) if len(outs) == 1 else (torch.cat(outs, 2), torch.cat(lses, 2))
 
 
-def _in_parts(query: Tensor, low: int, high: int, window: int | None) -> bool:
-    T, n = query.shape[2], high - low
-    whole = window is None or n <= window
-    return 1 < T <= n and n > _LONG and whole and query.dtype == torch.float32
+def _same_cuts(position: int, most: int, window: int | None) -> int:
+    """How many tokens from `position` on have its cuts."""
+    count = min(most, BLOCK - position % BLOCK)
+    if window is None:
+        return count
+    first = position - window + 1
+    # Those that see the first key of all have no first block.
+    return min(count, BLOCK - first % BLOCK if first > 0 else 1 - first)
 
 
-def _verify_parts(
+def _verify_alike(
     query: Tensor,
-    key: Tensor,
-    value: Tensor,
+    keys: Tensor,
+    values: Tensor,
     low: int,
     high: int,
+    position: int,
+    window: int | None,
     scale: float,
     softcap: float | None,
     sinks: Tensor | None,
-    cut: Tensor | None = None,
-    scores: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The keys that all T queries see, and their own T keys, merged.
-
-    A mask as long as the cache would cost a tenth of the attention itself, and more where memory
-    for it comes fresh from the system. With `cut` [B, Hkv, R, 1] it also writes the scores of the
-    keys before the own ones, from the same logits; they do not touch the rest.
-    """
+    """Attention of tokens with the same cuts, of which the first is at `position` from low on."""
     B, Hq, T, D = query.shape
-    Hkv = key.shape[1]
-    rows = query.reshape(B, Hkv, -1, D)
-    bias = query.new_full((T, T), -INF).triu_(1).repeat(Hq // Hkv, 1)
-    own = slice(high - T, high)
-    out, lse = attend(rows, key[:, :, own], value[:, :, own], bias, scale, softcap)
-    if high - T > low:
-        seen = slice(low, high - T)
-        past, past_lse, found = attend_in_chunks(
-            rows, key[:, :, seen], value[:, :, seen], scale, softcap, cut
-        )
-        if scores is not None:
-            scores[:, :, seen] = found
-        share = torch.sigmoid(lse - past_lse)
-        out, lse = torch.lerp(past, out, share[..., None]), torch.logaddexp(past_lse, lse)
-    return unpack(query, out, lse, sinks)
+    BH = len(keys)
+    rows = query.reshape(BH, 1, -1, D)
+    own = position - position % BLOCK
+    bias = _later(BLOCK, query.dtype, query.device).narrow(0, position - own, T)
+    first = 0 if window is None else max(0, position - window + 1)
+    start = first - first % BLOCK
+    starts = [low + own]
+    if first > 0:
+        before = _earlier(BLOCK, query.dtype, query.device).narrow(0, first - start, T)
+        if start == own:
+            bias = bias + before
+        else:
+            bias, starts = torch.cat((before, bias), 1), [low + start, low + own]
+            start += BLOCK
+    k, v = (_blocks_of(x, starts, high) for x in (keys, values))
+    parts = attend_rows(rows, k, v, bias, T, scale, softcap)
+    if start < own:
+        k, v = (_past(x, low + start, low + own, BH // B) for x in (keys, values))
+        parts = attend_rows(rows, k, v, None, T, scale, softcap) + parts
+    if sinks is not None:
+        sinks = sinks.view(1, -1, 1).expand(B, -1, T).reshape(BH, 1, -1)
+    out, lse = merge(parts, sinks)
+    out = out.to(query.dtype).reshape(query.shape).contiguous()
+    return out, lse.reshape(query.shape[:3]).contiguous()
+
+
+def _in_a_row(cache: Tensor) -> Tensor:
+    """[B, Hkv, N, D] as [B * Hkv, 1, N, D]."""
+    return cache.transpose(0, 1) if len(cache) == 1 else cache.flatten(0, 1).unsqueeze(1)
+
+
+def _blocks_of(source: Tensor, starts: list[int], high: int) -> Tensor:
+    """Copies of the blocks of [BH, 1, N, D] that begin here, one after another, zero from high."""
+    pieces = [source.narrow(2, start, min(BLOCK, high - start)) for start in starts]
+    lacking = starts[-1] + BLOCK - high
+    if lacking > 0:
+        pieces.append(source.new_zeros(len(source), 1, lacking, source.shape[3]))
+    return torch.cat(pieces, 2)
+
+
+def _past(source: Tensor, start: int, end: int, Hkv: int) -> Tensor:
+    """Positions start to end of [BH, 1, N, D] as [BH, H, n, D], in two halves where that pays.
+
+    One to a thread: of 3 KV heads on two threads the last would occupy one alone.
+    """
+    seen = source.narrow(2, start, end - start)
+    return seen.squeeze(1).unflatten(1, (2, -1)) if Hkv % 2 and end - start >= _LONG else seen
+
+
+@lru_cache(maxsize=8)
+def _later(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """[size, size]: -inf where a key of a block comes after the row's, else 0."""
+    return torch.full((size, size), -INF, dtype=dtype, device=device).triu_(1)
+
+
+@lru_cache(maxsize=8)
+def _earlier(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """[size, size]: -inf where a key of a block comes before the row's, else 0."""
+    return torch.full((size, size), -INF, dtype=dtype, device=device).tril_(-1)
+
+
+def _causal_bias(T: int, n: int, window: int | None, like: Tensor) -> Tensor | None:
+    """0 where query t of the last T of n positions sees a key, else -inf: [T, n], or None."""
+    if T == 1 and (window is None or n <= window):
+        return None
+    bias = like.new_full((T, n), -INF).triu_(n - T + 1)
+    if window is not None and n > window:
+        bias += like.new_full((T, n), -INF).tril_(n - T - window)
+    return bias
 
 
 def _score_range(

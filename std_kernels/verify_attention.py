@@ -95,12 +95,14 @@ def verify_attention(
         RuntimeError: an input requires grad while gradients are enabled; there is no backward.
 
     Note:
-        Cost follows kv_len and window, not N. The Triton path makes two launches, reads nothing
-        back and, by construction, gives a row the same bits whatever T and the batch. The CPU path
-        reads the lengths on the host, makes one call for rows that share a range and one a row
-        otherwise, and does not promise bits that are independent of T: matrix libraries choose
-        their blocking by the row count. In half precision its lse is good to eps/2 of query's
-        dtype.
+        Cost follows kv_len and window, not N. A row has the same bits whatever T, its place among
+        the T tokens, the batch, and what lies behind it: on both paths what is added up, and in
+        which order, follows from its own position, counted from kv_start. The Triton path makes
+        two launches and reads nothing back. The CPU path reads the lengths on the host and makes
+        one pass for rows that share a range, one a row otherwise; it relies on matrix products
+        that add alike for 4 to 32 rows, tries that once for each dtype and D, and computes the
+        tokens one by one where it does not hold. In half precision its lse is good to eps/2 of
+        query's dtype.
     """
     op = "verify_attention"
     scale = _check(op, query, key, value, kv_len, kv_start, window, scale, softcap, sinks)
@@ -142,8 +144,7 @@ def verify_attention_with_scores(
 
     Note:
         As `verify_attention`, plus the scores: the Triton path takes them from the same pass over
-        the keys; so does the CPU path over many keys in float32, and else it reads the keys a
-        second time.
+        the keys, the CPU path reads the keys a second time.
     """
     op = "verify_attention_with_scores"
     scale = _check(op, query, key, value, kv_len, kv_start, window, scale, softcap, sinks)

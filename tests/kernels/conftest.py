@@ -102,7 +102,6 @@ def small_chunks() -> Callable[[pytest.MonkeyPatch], None]:
     def shrink(monkeypatch: pytest.MonkeyPatch) -> None:
         for module in (_packed, cpu, cpu_verify):
             monkeypatch.setattr(module, "MAX_LOGITS", 20)
-        monkeypatch.setattr(cpu_verify, "_MAX_BIAS", 20)
 
     return shrink
 

@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import std_kernels as sk
-from std_kernels import _packed, cpu_verify, reference
+from std_kernels import _blocks, cpu_verify, reference
 
 INF, NAN = float("inf"), float("nan")
 SINKS = torch.tensor([0.5, -1.0, 3.0, 0.0, 2.0, -4.0, 1.0, 6.0])
@@ -53,14 +53,22 @@ def test_options(make_cache, assert_accurate, options, T):
     check(cache, assert_accurate, **options)
 
 
-@pytest.mark.parametrize("chunk", [1 << 19, 600, 20])  # logits at a time: all keys, 15, one
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-def test_past_and_own_keys_apart(make_cache, assert_accurate, monkeypatch, options, chunk):
+@pytest.mark.parametrize("Hkv, G", [(2, 4), (3, 2), (1, 8), (8, 1)])
+def test_past_and_blocks_apart(make_cache, assert_accurate, monkeypatch, options, Hkv, G):
     """As the CPU path does it for long caches; the last row has no past."""
-    monkeypatch.setattr(cpu_verify, "_LONG", 0)
-    monkeypatch.setattr(_packed, "MAX_LOGITS", chunk)
-    cache = make_cache([96, 61, 40, 24], [0, 3, 31, 19], T=5)
-    check(cache, assert_accurate, **options)
+    for module, name, size in [
+        (cpu_verify, "BLOCK", 8),
+        (cpu_verify, "_LONG", 32),
+        (_blocks, "_CHUNK", 24),
+        (_blocks, "_ROWS", 32),
+    ]:
+        monkeypatch.setattr(module, name, size)
+    if "sinks" in options:
+        options = {**options, "sinks": SINKS[: Hkv * G]}
+    for T in (1, 5, 11):
+        cache = make_cache([96, 61, 40, 24], [0, 3, 31, 19], T=T, Hkv=Hkv, G=G)
+        check(cache, assert_accurate, **options)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
