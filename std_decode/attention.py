@@ -14,7 +14,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
 from weakref import WeakSet
@@ -25,6 +25,7 @@ from transformers import AttentionInterface, PreTrainedConfig
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from std_decode.alone import each_alone
 from std_decode.cache import NO_MASK, BufferLayer, SparseToDenseCache
 from std_decode.selection import Selection
 from std_kernels import (
@@ -46,9 +47,12 @@ class Pass:
         layers: the attention modules that take part, by `layer_idx`.
         selection: None where nothing will be drafted, hence nothing is scored.
         rescore: whether verification hands out scores for a new selection.
-        own_length: what to attend to where the pass is a dense step that the model's own attention
-            takes less time for than ours: of one row, on the CPU, over few keys; else None.
+        alone: each row's length before the pass, where every token attends by the model's own
+            function as plain decoding has it: alone, on the CPU; else None.
         twins: whose 4-bit weights the pass reads (`std_decode.twins.Twins`), or None.
+        padding: how many of its last tokens are there for the shape's sake only.
+        asked: how the model asks for masks, by sliding window,
+        masks: and those that were made for a token, by window and length.
     """
 
     phase: Phase
@@ -56,8 +60,11 @@ class Pass:
     layers: dict[int, nn.Module]
     selection: Selection | None = None
     rescore: bool = False
-    own_length: int | None = None
+    alone: list[int] | None = None
     twins: object = None
+    padding: int = 0
+    asked: dict[int | None, dict[str, Any]] = field(default_factory=dict)
+    masks: dict[tuple[int | None, int], Any] = field(default_factory=dict)
 
 
 Result = tuple[Tensor, Tensor | None]  # [B, T, Hq, D], and what a model's own attention adds
@@ -103,16 +110,17 @@ class Attending:
 
     def __call__(self) -> Result:
         running, query = self.running, self.query
-        if running.phase != "prefill" and (running.own_length is None or self.layer.window):
-            attend = _draft if running.phase == "draft" else _verify
-            return attend(self).transpose(1, 2).contiguous(), None
-        key, value = self.key, self.value
-        if running.own_length is not None:
-            key, value = key[:, :, : running.own_length], value[:, :, : running.own_length]
-        if running.selection is not None and self.layer.window is None:
-            scores = _score_prompt(running.cache, running.selection, query, key, self.options)
-            self.layer.weigh_prompt(scores, query.shape[1])
-        return self.dense(self.module, query, key, value, self.mask, **self.given)
+        if running.phase == "prefill":
+            if running.selection is not None and self.layer.window is None:
+                scores = _score_prompt(
+                    running.cache, running.selection, query, self.key, self.options
+                )
+                self.layer.weigh_prompt(scores, query.shape[1])
+            return self.dense(self.module, query, self.key, self.value, self.mask, **self.given)
+        if running.alone is not None:
+            return each_alone(self, running.alone)
+        attend = _draft if running.phase == "draft" else _verify
+        return attend(self).transpose(1, 2).contiguous(), None
 
 
 # Has it attend by calling it; its own result is what the module gets.
@@ -287,6 +295,9 @@ def _mask(*, replaced: str, kv_offset: int = 0, **kwargs):
     # Only our cache gives this offset, and only after prefill. Nothing else here tells whose mask
     # it is: a model that shares the config object may be called in the middle of our pass.
     if kv_offset == NO_MASK:
+        running = None if torch.compiler.is_compiling() else _running.get()
+        if running is not None and running.alone is not None:
+            running.asked[kwargs.get("local_size")] = kwargs
         return None  # our ops go by lengths
     return AttentionMaskInterface._global_mapping[replaced](kv_offset=kv_offset, **kwargs)
 
@@ -348,7 +359,10 @@ def _verify(attending: Attending) -> Tensor:
     kv_start = _on(query, cache.kv_start)
     if attending.running.rescore and layer.window is None:
         out, _, scores = verify_attention_with_scores(
-            *tensors, layer.lse_estimate(query.shape[2]), kv_start=kv_start, **attending.options
+            *tensors,
+            layer.lse_estimate(query.shape[2], attending.running.padding),
+            kv_start=kv_start,
+            **attending.options,
         )
         layer.weigh(scores)
         return out

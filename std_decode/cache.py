@@ -156,13 +156,19 @@ class BufferLayer(CacheLayerMixin):
         """Keep a draft step's log-sum-exp, ``[B, Hq, 1]``, as an estimate for verification."""
         self.lse.index_copy_(2, self.owner.ahead.to(lse.device), lse)
 
-    def lse_estimate(self, count: int) -> Tensor:
+    def lse_estimate(self, count: int, padding: int = 0) -> Tensor:
         """What the log-sum-exp of the `count` verified rows will be about, ``[B, Hq, count]``.
 
         It is that of the draft step of the same token, which saw fewer keys and is a little low.
-        No draft step saw the last row: the step before it stands in.
+        No draft step saw the last row: the step before it stands in. Rows that are `padding` give
+        no scores.
         """
-        return torch.cat([self.lse[..., : count - 1], self.lse[..., count - 2 : count - 1]], -1)
+        last = count - padding - 1
+        parts = [self.lse[..., :last], self.lse[..., last - 1 : last]]
+        if padding:
+            none = self.lse.new_full((), torch.inf)
+            parts.append(none.expand(*self.lse.shape[:-1], padding))
+        return torch.cat(parts, -1)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Length and offset of the keys to mask; the offset tells that none need masking."""

@@ -26,7 +26,8 @@ from std_decode import rope
 from std_decode.cache import CACHE, sliding_windows
 from std_decode.changes import training_part
 from std_decode.eligibility import CACHE_LAYERS
-from std_decode.sampling import STATELESS
+from std_decode.promise import Promise
+from std_decode.sampling import STATELESS, summing
 
 _CRITERIA = {EosTokenCriteria, MaxLengthCriteria, StopStringCriteria}
 _STREAMERS = {type(None), TextStreamer, TextIteratorStreamer, AsyncTextIteratorStreamer}
@@ -123,6 +124,7 @@ def lockstep_reason(
     criteria: StoppingCriteriaList,
     config: GenerationConfig,
     streamer: Any,
+    promise: Promise,
 ) -> str | None:
     """Why the rows of a batch have to advance together, or None.
 
@@ -133,7 +135,9 @@ def lockstep_reason(
     unknown += [type(c).__name__ for c in criteria if type(c) not in _CRITERIA]
     longest = [c.maximum_token_len for c in criteria if isinstance(c, StopStringCriteria)]
     sampling = config.do_sample
+    summed = [] if promise.kind == "rounded" else summing(processors)
     reasons = {
+        f"{', '.join(summed)} sum over the vocabulary, and round by the number of rows": summed,
         f"{', '.join(unknown)} may depend on the order of calls": unknown,
         "scores or logits are returned": config.return_dict_in_generate
         and (config.output_scores or config.output_logits),

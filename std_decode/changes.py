@@ -24,11 +24,13 @@ class Tried:
     Attributes:
         layers: the decoder's attention modules, by `layer_idx`; the same dict as long as it lives.
         refusal: why the newest trial failed, or None.
+        trials: how many there were.
     """
 
     def __init__(self, model: PreTrainedModel):
         self.layers = attention_layers(model)
         self.refusal: str | None = None
+        self.trials = 1
         self.parts: tuple | None = self._parts(model)
         self.hooks = {handle for handle, _, _ in _hooks(model)}
 
@@ -47,6 +49,7 @@ class Tried:
         parts = self._parts(model)
         if parts != self.parts:
             self.parts, self.refusal = parts, self._try_again(model, rows)
+            self.trials += 1
         return self.refusal
 
     def _try_again(self, model: PreTrainedModel, rows: int) -> str | None:

@@ -47,8 +47,7 @@ def attention_layers(model: PreTrainedModel, rows: int = 1) -> dict[int, nn.Modu
         if foreign is not None:
             raise Failed(f"{type(model).__name__} {foreign}")
         device = input_device(model)
-        autocast = torch.autocast(device.type, enabled=False)
-        with _as_in_evaluation(model), rope.unchanged(model.get_decoder()), autocast:
+        with undisturbed(model):
             mixing = mixing_layer(model, device, rows)
             if mixing is not None:
                 raise Failed(mixing)
@@ -134,13 +133,15 @@ def _attention_modules(model: PreTrainedModel) -> dict[int, nn.Module]:
 
 
 @contextmanager
-def _as_in_evaluation(model: nn.Module) -> Iterator[None]:
-    """Without dropout, whichever of its parts are in training mode now and after."""
+def undisturbed(model: PreTrainedModel) -> Iterator[None]:
+    """For a trial: without dropout, whichever of its parts are in training mode now and after."""
+    autocast = torch.autocast(input_device(model).type, enabled=False)
     training = [module for module in model.modules() if module.training]
     try:
         for module in training:
             module.training = False
-        yield
+        with rope.unchanged(model.get_decoder()), autocast:
+            yield
     finally:
         for module in training:
             module.training = True

@@ -13,6 +13,7 @@ from transformers import DynamicCache
 from std_decode.attention import Pass, Phase, attention_of, compiled_for, uncompiled
 from std_decode.cache import CACHE, BufferLayer, SparseToDenseCache
 from std_decode.graphs import Graphs
+from std_decode.promise import ROUNDED, Promise
 from std_decode.selection import Selection
 from std_decode.stats import Clock, DecodeStats
 from std_decode.twins import Twins
@@ -33,11 +34,6 @@ _PROMPT_INPUTS = {
     "image_pixel_values", "image_attention_mask",
     "audio_input_features", "audio_embed_sizes", "audio_attention_mask",
 }  # fmt: skip
-
-
-# Where a dense step's attention in the ops begins to take less time than in PyTorch's: one row, 8
-# heads of 32, two threads: 67 and 44 us a layer at 1,024 keys, 290 and 400 us at 16,384.
-FEW_KEYS = 4096
 
 
 def shared_inputs(inputs: dict[str, Any]) -> dict[str, Any]:
@@ -101,6 +97,7 @@ class Engine:
         self.inputs: dict[Hashable, dict[str, Tensor]] = {}  # of captured passes
         # With graphs, what the shapes of captured passes follow from, beside the cache.
         self.key: Hashable = None
+        self.uneven = False  # whether a product of one row depended on the others of the batch
         self.columns, self.width = cache.capacity, 0  # of importance and of index lists
         if graphs is not None:
             cache.is_prompt = cache.lengths.new_zeros(
@@ -125,6 +122,7 @@ class Engine:
         stats: DecodeStats,
         twins: Twins | None = None,
         order: Tensor | None = None,
+        promise: Promise = ROUNDED,
     ) -> None:
         """Begin a generate call.
 
@@ -136,14 +134,17 @@ class Engine:
             stats: of this call.
             twins: whose weights drafts read, see `Pass`.
             order: see `SparseToDenseCache`.
+            promise: that the decoding passes have to keep.
         """
         self.forward, self.selection, self.stats = forward, selection, stats
         self.clock = Clock(stats, self.cache.lengths.device)
         self.twins = twins
-        self.compiled = compile_pass(forward) if self.compiles else None
+        self.promise = promise
+        compiles = self.compiles and promise.kind != "unpatched"  # compiled passes round otherwise
+        self.compiled = compile_pass(forward) if compiles else None
         # What is captured must not depend on a length that the host knows.
         on_cpu = self.graphs is None and self.cache.lengths.device.type == "cpu"
-        self.own_attention = on_cpu and kv_start is None
+        self.own_attention = on_cpu and kv_start is None and promise.kind == "rounded"
         self.reselects = (
             self.wants_reselection and selection is not None and not selection.complete
         )
@@ -189,7 +190,7 @@ class Engine:
             The pending token and the drafts after it, ``[B, gamma + 1]``, and the dense model's
             logits after each of them, ``[B, gamma + 1, V]``.
         """
-        if self.cache.reserve(gamma + 1) and self.graphs is not None:
+        if self.cache.reserve(max(gamma + 1, self.promise.rows)) and self.graphs is not None:
             self.graphs.clear()
         tokens = pending
         if gamma:
@@ -215,7 +216,7 @@ class Engine:
         for step in range(gamma):
             with self.clock.timed("draft"):
                 here = positions[..., step : step + 1]
-                logits = self.step("draft", tokens[-1], here, shared)
+                logits = self.step("draft", tokens[-1], here, 0, shared)
                 tokens.append(choose(logits[:, -1], step)[:, None])
                 self.cache.ahead += 1
         self.cache.ahead.zero_()
@@ -225,18 +226,33 @@ class Engine:
         """The dense model's logits after each of the tokens, ``[B, T, V]``."""
         drafted = tokens.shape[1] > 1
         with self.clock.timed("verify" if drafted else "dense"):
-            return self.step("verify", tokens, positions, shared, self.reselects and drafted)
+            padded = self.pad(tokens, positions)
+            logits = self.step("verify", *padded, shared, self.reselects and drafted)
+        return logits[:, : tokens.shape[1]]
 
     def read(self, tokens: Tensor, positions: Tensor, shared: dict[str, Any]) -> None:
         """Put the keys and values of tokens ``[B, T]`` behind each row, where there is room."""
         self.compiled = None  # at the end of a call, T is any number: none to compile for
-        self.compute("verify", tokens, positions, shared)
+        self.compute("verify", *self.pad(tokens, positions), shared)
+
+    def pad(self, tokens: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, int]:
+        """Tokens and positions of a pass as wide as the promise has it, and how many were added.
+
+        Those behind a row's own tokens are seen by none of these and are overwritten.
+        """
+        padding = max(0, self.promise.rows - tokens.shape[1])
+        if padding:
+            tokens = torch.cat([tokens, tokens[:, :1].expand(-1, padding)], dim=1)
+            last = positions[..., -1:]
+            positions = torch.cat([positions, last.expand(*last.shape[:-1], padding)], dim=-1)
+        return tokens, positions, padding
 
     def step(
         self,
         phase: Phase,
         tokens: Tensor,
         positions: Tensor,
+        padding: int,
         shared: dict[str, Any],
         rescore: bool = False,
     ) -> Tensor:
@@ -245,12 +261,12 @@ class Engine:
         They may be overwritten by the next pass.
         """
         if self.graphs is None or not self.capturable(shared):
-            return self.compute(phase, tokens, positions, shared, rescore)
+            return self.compute(phase, tokens, positions, padding, shared, rescore)
         given = {"tokens": tokens, "positions": positions}
         given |= {name: value for name, value in shared.items() if isinstance(value, Tensor)}
         shapes = tuple((name, value.shape, value.dtype) for name, value in given.items())
         others = tuple((name, value) for name, value in shared.items() if name not in given)
-        key = (phase, rescore, shapes, others)
+        key = (phase, rescore, padding, self.promise, shapes, others)
         new = key not in self.inputs
         if new:
             for forgotten in self.inputs.keys() - self.graphs.captured.keys():
@@ -262,12 +278,16 @@ class Engine:
         shared = {name: static.get(name, value) for name, value in shared.items()}
 
         def step() -> Tensor:
-            return self.compute(phase, static["tokens"], static["positions"], shared, rescore)
+            given = static["tokens"], static["positions"], padding
+            return self.compute(phase, *given, shared, rescore)
 
         with _compiling(phase) if new and self.compiles else nullcontext():
             return self.graphs.run(key, step)
 
     def capturable(self, shared: dict[str, Any]) -> bool:
+        if self.promise.kind == "unpatched":
+            self.stats.eager_because = "each token's attention is a call of its own length"
+            return False
         unknown = [name for name, value in shared.items() if not isinstance(value, Hashable)]
         if unknown:
             self.stats.eager_because = f"every step takes {', '.join(unknown)}"
@@ -278,21 +298,26 @@ class Engine:
         phase: Phase,
         tokens: Tensor,
         positions: Tensor,
+        padding: int,
         shared: dict[str, Any],
         rescore: bool = False,
     ) -> Tensor:
         """A pass as it is captured: nothing in it asks the device for a value."""
         self.cache.expect(tokens.shape[1])
-        running = Pass(phase, self.cache, self.layers, rescore=rescore)
+        running = Pass(phase, self.cache, self.layers, rescore=rescore, padding=padding)
         inputs = {"input_ids": tokens, "position_ids": positions, **shared}
-        if phase == "verify" and tokens.numel() == 1 and self.own_attention:
-            length = self.cache.longest + 1
-            running.own_length = length if length < FEW_KEYS else None
-        if phase != "draft" or self.twins is None:
-            return self.run(running, inputs).logits
-        running.twins = self.twins
-        with self.twins.reading():
-            return self.run(running, inputs).logits
+        if phase == "draft":
+            running.twins = self.twins
+            with nullcontext() if self.twins is None else self.twins.reading():
+                return self.run(running, inputs).logits
+        if (tokens.numel() == 1 and self.own_attention) or self.promise.kind == "unpatched":
+            running.alone = self.cache.lengths.tolist()
+        # A compiler fuses what portions would be of, and rounds alike wherever a token is.
+        portions = None if self.compiled is not None else self.promise.portions(*tokens.shape)
+        with nullcontext() if portions is None else portions:
+            logits = self.run(running, inputs).logits
+        self.uneven |= portions is not None and portions.uneven
+        return logits
 
     def run(self, running: Pass, inputs: dict[str, Any]) -> Any:
         inputs = {**inputs, CACHE: self.cache, "use_cache": True, "return_dict": True}

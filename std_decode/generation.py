@@ -87,10 +87,13 @@ def _sooner(
     stats, cache = engine.stats, engine.cache
     kwargs[CACHE] = cache
     try:
-        stats.lockstep_because = lockstep_reason(input_ids, processors, criteria, config, streamer)
+        stats.lockstep_because = lockstep_reason(
+            input_ids, processors, criteria, config, streamer, engine.promise
+        )
         rows_apart = 1 if stats.lockstep_because is not None else len(input_ids)
         workload = _workload(options, input_ids, stats)
-        length = options.policy.begin(workload, rows_apart, lead(model))
+        most = engine.promise.rows - 1 if engine.promise.rows else None
+        length = options.policy.begin(workload, rows_apart, lead(model), most)
         if stats.lockstep_because is not None:
             stats.mode = "lockstep"
             drafter = Drafter(input_ids, processors, criteria, config)
@@ -176,6 +179,9 @@ def _engine(
     given, mask = kwargs[CACHE], kwargs.get("attention_mask")
     past, new = prompt_parts(given, input_ids, mask, config)
     kv_start, order = masked(mask), holes_first(mask)
+    promise, because = options.promises.of_call(
+        model, options.tried, len(input_ids), holes=order is not None
+    )
     selection = None
     if options.policy.most > 0:
         visual = _visual(model, input_ids, past, new, kwargs)
@@ -185,7 +191,7 @@ def _engine(
         selection = plan_selection(visual, kv_start, options.top_k_keys, voters)
     twins, weights = options.draft_weights.of_call(model, len(input_ids))
     new_tokens = min(config.max_length - input_ids.shape[1], MOST_NEW_TOKENS)
-    room = past + new + new_tokens + options.policy.most + 1
+    room = past + new + new_tokens + max(options.policy.most + 1, promise.rows)
     engine, eager_because = options.engines.take(
         model, input_ids.device, len(input_ids), past + new, room, selection, kv_start
     )
@@ -197,12 +203,15 @@ def _engine(
             reused_tokens=past,
             selected_keys=selection.width if selection is not None else 0,
             eager_because=eager_because,
+            promise=promise.kind,
+            promise_because=because,
+            tokens_per_pass=promise.rows,
             **weights,
         )
         if input_ids.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(input_ids.device)
         forward = MethodType(options.original_class.__call__, model)
-        engine.start(forward, given, kv_start, selection, stats, twins, order)
+        engine.start(forward, given, kv_start, selection, stats, twins, order, promise)
     except BaseException:
         engine.release()  # an earlier call's buffers may be in it
         raise

@@ -197,8 +197,9 @@ class Decoding:
         rows, cache = self.rows, self.engine.cache
         shortest, end = min(rows.at), rows.end()
         cache.rewind(cache.prompt + min(shortest, end) - 1)
-        for start in range(shortest - 1, end - 1, MOST_TOKENS_PER_PASS):
-            count = min(MOST_TOKENS_PER_PASS, end - 1 - start)
+        most = self.engine.promise.rows or MOST_TOKENS_PER_PASS
+        for start in range(shortest - 1, end - 1, most):
+            count = min(most, end - 1 - start)
             tokens = sequences[:, rows.prompt + start :][:, :count]
             position = start + torch.arange(count, device=tokens.device)
             self.engine.read(tokens, self.first_position + position, self.shared)

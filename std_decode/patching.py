@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from std_decode import classes
 from std_decode import draft_weights as weights
 from std_decode.attention import forget_passes
+from std_decode.bits import ROWS, Promises, Wanted, kind_of
 from std_decode.changes import Tried
 from std_decode.cost import Workload
 from std_decode.loop import Decoding
@@ -42,6 +43,7 @@ class _Patch:
     engines: Engines
     draft_weights: weights.DraftWeights
     workload: Workload
+    promises: Promises
     stats: DecodeStats | None = None
     decoding: type[Decoding] = Decoding  # a subclass looks on, see sparsity/measure.py
 
@@ -61,14 +63,16 @@ def patch(
     draft_weights_cache: str | PathLike[str] | None = None,
     cuda_graphs: Literal["auto"] | bool = "auto",
     compile: bool = False,
+    reproducible: bool | int | Literal["auto", "unpatched"] = "auto",
     visual_token_ids: Sequence[int] | None = None,
     visual_mask: VisualMask | None = None,
 ) -> Model:
     """Make ``model.generate()`` draft with sparse attention and verify densely.
 
-    The answers stay the same: in float32 the tokens of the unpatched model, greedy and sampled
-    with the same seed. Only this instance changes, and `unpatch` undoes it. Calls that cannot be
-    accelerated (beam search, a cache of your own, ...) run as unpatched; `last_stats` says why.
+    The answers stay the same: the tokens of the unpatched model, greedy and sampled with the same
+    seed; how exactly, `reproducible` says. Only this instance changes, and `unpatch` undoes it.
+    Calls that cannot be accelerated (beam search, a cache of your own, ...) run as unpatched;
+    `last_stats` says why.
 
     Args:
         model: a decoder-only generative transformers model, for instance
@@ -94,6 +98,13 @@ def patch(
         compile: whether passes that are captured are compiled first (``torch.compile``), so that a
             decoder layer is some 12 kernels instead of 30 to 40. The first call then takes long,
             and "auto" chooses among few draft lengths, because each is compiled for itself.
+        reproducible: which bits of a logit drafts may change. False: the last few, as rounding
+            goes, so that in half precision tokens may differ. True: none; every decoding pass
+            feeds 8 tokens (a number: so many, 2 to 64), so that draft lengths below that, keys,
+            re-selection, draft weights and the time that passes take all give the same tokens.
+            "unpatched": none, and the tokens are the unpatched model's; on the CPU. "auto": in
+            half precision on the CPU the strongest of these that the model can have, else False;
+            `last_stats` says which promise held.
         visual_token_ids: token ids that stand for video or image, where the processor's
             ``mm_token_type_ids`` and the ids in the model's config do not tell.
         visual_mask: where the prompt holds video or image tokens, for prompts that ids cannot
@@ -107,18 +118,21 @@ def patch(
         TypeError: `model` is no generative transformers model, or an argument has the wrong type.
         ValueError: an argument is out of range.
         NotImplementedError: the model's attention is of an unsupported kind, or a layer's result
-            for a token depends on the others fed with it; the message lists what is supported.
+            for a token depends on the others fed with it; the message lists what is supported. Or
+            the model cannot have what `reproducible` asks for.
         RuntimeError: `model` is patched already.
         MemoryError: the 4-bit copies do not fit; the message has the numbers.
 
     Note:
-        Runs four forward passes of a few tokens, to see that the model's attention is what its
-        configuration says; and a fifth where layers are not of torch's or transformers' own kinds,
-        which are then fed a few tokens each. Source: Zhang et al., Sparse-to-Dense, ACL 2025,
-        doi 10.18653/v1/2025.acl-short.59; re-selection from verification is an addition.
+        Runs six forward passes of a few tokens, to see that the model's attention is what its
+        configuration says; some twenty more where `reproducible` promises bits (as many at the
+        first call of each batch size); and one where layers are not of torch's or transformers'
+        own kinds, which are then fed a few tokens each. Source: Zhang et al., Sparse-to-Dense,
+        ACL 2025, doi 10.18653/v1/2025.acl-short.59; re-selection from verification is an addition.
     """
     _check_options(top_k_keys, draft_length, reselect, cuda_graphs, compile)
     _check_visual(visual_token_ids, visual_mask)
+    _check_reproducible(reproducible, draft_length)
     weights.check(draft_weights, draft_weights_cache)
     target = _unwrapped(model)
     if is_patched(target):
@@ -128,6 +142,7 @@ def patch(
         )
     own = _own_class(target)
     tried = Tried(target)
+    promises = _promises(target, tried, reproducible, draft_length)
     drafting = weights.prepare(target, draft_weights, draft_weights_cache, top_k_keys, compile)
     target._std_decode = _Patch(
         own,
@@ -140,6 +155,7 @@ def patch(
         Engines(cuda_graphs, compile),
         drafting,
         weights.workload_of(target, top_k_keys, drafting.twins),
+        promises,
     )
     try:
         drafting.attach()
@@ -220,6 +236,19 @@ def _own_class(model: Any) -> type:
     return own
 
 
+def _promises(
+    model: Any, tried: Tried, wanted: Wanted, draft_length: int | Literal["auto"]
+) -> Promises:
+    promises = Promises(wanted, None if draft_length == "auto" else draft_length)
+    promise, because = promises.of_call(model, tried, 1)
+    if wanted is not False and wanted != "auto" and promise.kind != kind_of(wanted):
+        raise NotImplementedError(
+            f"patch: {type(model).__name__} cannot have reproducible={wanted!r} ({because}); "
+            'reproducible="auto" gives the strongest promise that it can have'
+        )
+    return promises
+
+
 def _policy(draft_length: int | Literal["auto"], compiles: bool) -> Policy | FixedLength:
     if draft_length != "auto":
         return FixedLength(draft_length)
@@ -251,6 +280,31 @@ def _check_options(
         raise TypeError(f'patch: cuda_graphs is {graphs!r}, expected "auto", True or False')
     if not isinstance(compile, bool):
         raise TypeError(f"patch: compile is {compile!r}, expected True or False")
+
+
+def _check_reproducible(wanted: Any, draft_length: int | Literal["auto"]) -> None:
+    if isinstance(wanted, bool) or wanted in ("auto", "unpatched"):
+        rows = ROWS
+        if wanted is not True:
+            return
+    elif isinstance(wanted, int):
+        rows = wanted
+        if not 2 <= rows <= MOST_DRAFTS + 1:
+            raise ValueError(
+                f"patch: reproducible is {wanted}, expected 2 to {MOST_DRAFTS + 1} tokens a pass; "
+                f"True feeds {ROWS}"
+            )
+    else:
+        raise TypeError(
+            f'patch: reproducible is {wanted!r}, expected True, False, "auto", "unpatched" or the '
+            "number of tokens in each pass"
+        )
+    if draft_length != "auto" and draft_length >= rows:
+        raise ValueError(
+            f"patch: draft_length is {draft_length}, expected less than the {rows} tokens that "
+            f"reproducible={wanted!r} feeds in each pass; reproducible={draft_length + 1} feeds "
+            "as many as these drafts need"
+        )
 
 
 def _check_visual(visual_token_ids: Any, visual_mask: Any) -> None:

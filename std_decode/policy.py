@@ -47,7 +47,7 @@ class FixedLength:
     def __init__(self, gamma: int):
         self.most = self.gamma = gamma
 
-    def begin(self, workload: Workload, rows: int, settle: Callable) -> FixedLength:
+    def begin(self, *call: Any) -> FixedLength:
         return self
 
     def choose(self, rows: Sequence[int]) -> int:
@@ -70,7 +70,7 @@ class Policy:
     def __init__(self, lengths: Sequence[int] = LENGTHS):
         self.lengths = tuple(lengths)
         self.most = max(lengths)
-        self.times: dict[tuple[int, int], Times] = {}
+        self.times: dict[tuple[int, int, int | None], Times] = {}
         self.draft_times: dict[int, deque[float]] = {}
         self.acceptance = SUPPOSED
         self.behind = 0.0  # dense steps' worth; negative: what calls left of what they may lose
@@ -80,6 +80,7 @@ class Policy:
         workload: Workload,
         rows: int,
         settle: Callable[[int], int] = lambda gamma: gamma,
+        most: int | None = None,
     ) -> DraftLength:
         """For one generate call.
 
@@ -89,14 +90,16 @@ class Policy:
             rows: that advance by their own acceptance; 1 where all advance by the smallest.
             settle: what is drafted where this process would draft so many; ranks that share a
                 model have to do the same.
+            most: tokens that a pass of this call has room for; None: any.
         """
         batch, context = workload.batch, workload.context.bit_length()
-        times = self.times.setdefault((batch, context), Times())
+        times = self.times.setdefault((batch, context, most), Times())
         # A draft step takes as long after any prompt.
         times.draft = self.draft_times.setdefault(batch, times.draft)
         memory_bound = Device(1.0, float("inf"))
         ratio = workload.draft_seconds(memory_bound) / workload.dense_seconds(memory_bound)
-        return DraftLength(self, times, rows, ratio, settle)
+        lengths = [gamma for gamma in self.lengths if most is None or gamma <= most]
+        return DraftLength(self, times, rows, ratio, settle, lengths)
 
 
 class DraftLength:
@@ -118,8 +121,10 @@ class DraftLength:
         rows: int,
         draft_ratio: float,
         settle: Callable[[int], int],
+        lengths: Sequence[int],
     ):
         self.policy, self.times, self.settle = policy, times, settle
+        self.lengths = lengths  # that may be chosen, besides none
         self.draft_ratio = draft_ratio
         self.agreed = [SUPPOSED_DRAFTS * policy.acceptance] * rows
         self.tried = [SUPPOSED_DRAFTS] * rows
@@ -173,7 +178,7 @@ class DraftLength:
 
     def _within_reach(self) -> Sequence[int]:
         """Lengths that are no leap in the dark: to the square of the most tokens yet verified."""
-        lengths, most = self.policy.lengths, max(list(self.times.verify), default=1)
+        lengths, most = self.lengths, max(list(self.times.verify), default=1)
         if self.doubted is not None and all(self._odd(self.doubted)):
             return lengths[:1]  # it may take as much again
         return lengths[: 1 + sum(gamma < most**2 for gamma in lengths)]

@@ -44,6 +44,16 @@ _OF_TEXT = (
 )
 
 
+# Which take an entropy: PyTorch shares the sum of a single row out to its threads.
+_SUMMING = ("EtaLogitsWarper", "TopHLogitsWarper", "TypicalLogitsWarper")
+
+
+def summing(processors: LogitsProcessorList) -> list[str]:
+    """Those whose last bits depend on how many rows they are given."""
+    names = [type(processor).__name__ for processor in processors]
+    return [name for name in names if name in _SUMMING]
+
+
 def _types(names: tuple[str, ...]) -> frozenset[type]:
     return frozenset(getattr(logits_process, n) for n in names if hasattr(logits_process, n))
 

@@ -22,6 +22,12 @@ class DecodeStats:
         mode: ``"ragged"``: each row advances by its own acceptance; ``"lockstep"``: the rows of a
             batch advance together, by the smallest.
         lockstep_because: what asks for lockstep, or None.
+        promise: what holds of the tokens. "unpatched": they are the unpatched model's, bit for
+            bit of each logit; "reproducible": drafts, their weights, and how long passes take
+            change no bit; "rounded": they are the unpatched model's but where two tokens are so
+            nearly equally likely that rounding decides.
+        tokens_per_pass: fed in each decoding pass of a reproducible call, with padding; else 0.
+        promise_because: why no more can be promised, or None where it is what was asked for.
         prompt_tokens: length of the padded prompt.
         reused_tokens: those of them that the caller's cache held already.
         selected_keys: width of the draft's index list per KV head: video keys and kept text.
@@ -58,6 +64,9 @@ class DecodeStats:
     fallback: str | None = None
     mode: str | None = None
     lockstep_because: str | None = None
+    promise: str | None = None
+    promise_because: str | None = None
+    tokens_per_pass: int = 0
     prompt_tokens: int = 0
     reused_tokens: int = 0
     selected_keys: int = 0
@@ -88,6 +97,10 @@ class DecodeStats:
         self.acceptance_rate = self.accepted / max(1, self.drafted)
         self.mean_accepted_length = steps / passes if passes else 0.0
 
+    def _promise(self) -> str:
+        because = f": {self.promise_because}" if self.promise_because else ""
+        return f"{self.promise}{because}"
+
     def _graphs(self) -> str:
         if self.eager_because is not None:
             return f"none: {self.eager_because}"
@@ -107,6 +120,7 @@ class DecodeStats:
         rows = [
             ("mode", self.mode),
             *([("lockstep because", self.lockstep_because)] if self.lockstep_because else []),
+            ("promise", self._promise()),
             ("prompt tokens", self.prompt_tokens),
             *([("of these reused", self.reused_tokens)] if self.reused_tokens else []),
             ("keys a draft reads", self.selected_keys),

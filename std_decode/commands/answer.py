@@ -118,7 +118,7 @@ def patch_options(options: argparse.Namespace) -> dict[str, Any]:
     if cache is not None and not cache.is_file():
         check_file("--draft-weights-cache", cache)
     names = ("top_k_keys", "draft_length", "reselect", "draft_weights", "draft_weights_cache")
-    return {name: getattr(options, name) for name in (*names, "compile")}
+    return {name: getattr(options, name) for name in (*names, "compile", "reproducible")}
 
 
 @contextmanager

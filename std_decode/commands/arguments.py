@@ -148,6 +148,20 @@ def add_compare(commands: Any) -> None:
         help="do not measure what the advice is derived from")  # fmt: skip
 
 
+def reproducible(text: str) -> bool | int | str:
+    """As `patch` takes it."""
+    words: dict[str, bool | int | str] = {
+        "no": False, "yes": True, "auto": "auto", "unpatched": "unpatched",
+    }  # fmt: skip
+    if text in words:
+        return words[text]
+    if text.isdigit() and 2 <= int(text) <= 64:
+        return int(text)
+    raise argparse.ArgumentTypeError(
+        f"{text!r}, expected no, yes, auto, unpatched or 2 to 64 tokens a pass"
+    )
+
+
 def _add_question(command: Any) -> None:
     add = command.add_argument
     add("--model", metavar="M", help="folder or hub id (default: the demo model)")
@@ -175,5 +189,10 @@ def _add_question(command: Any) -> None:
         help="keep the 4-bit copies here for the next time")  # fmt: skip
     add("--no-reselect", dest="reselect", action="store_false",
         help="keep the keys that the prompt selected")  # fmt: skip
+    add("--reproducible", type=reproducible, default="auto", metavar="R",
+        help="which bits drafts may change: no (the last few), yes (none, passes are of one "
+        "shape), a number (so many tokens a pass), unpatched (none, and the tokens are the "
+        "unpatched model's), auto (default: in half precision on a CPU the strongest that "
+        "the model can have, else no)")  # fmt: skip
     add("--compile", action="store_true",
         help="compile captured passes on a GPU; the first answer then takes long")  # fmt: skip

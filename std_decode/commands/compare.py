@@ -38,6 +38,11 @@ from std_decode.sparsity.measure import NotMeasurable
 
 ADVISED_KEYS = (64, 256, 1024, 4096)
 ADVISED_LENGTHS = (1, 2, 4, 8)
+_PROMISED = {
+    "unpatched": "the unpatched bits",
+    "reproducible": "drafts change no bit",
+    "rounded": "but for rounding",
+}
 _SPEEDS = ("first_seconds", "tokens_per_second", "total_seconds")
 
 
@@ -50,12 +55,15 @@ class Comparison:
         first: the first answer after each `patch`, which pays for setting up.
         difference: where the first answer parts from the unpatched one that does.
         repeats_itself: whether all the unpatched answers have the same tokens.
+        as_dense: whether the patched answer has the tokens of the same without drafts; None where
+            that is not promised, or follows.
     """
 
     told: dict[str, list[Answer]]
     first: list[Answer] = field(default_factory=list)
     difference: Difference | None = None
     repeats_itself: bool = True
+    as_dense: bool | None = None
 
     @property
     def identical(self) -> bool:
@@ -148,6 +156,14 @@ def _answers(
                     **chosen,
                 )
             break
+    if found.difference is not None:
+        promise = found.stats.promise
+        found.difference = replace(found.difference, promised=promise == "unpatched")
+        if promise == "reproducible":
+            alike = {"draft_length": 0, "reproducible": found.stats.tokens_per_pass}
+            with std_decode.patched(question.model, **{**patch, **alike}):
+                dense = tell()
+            found.as_dense = torch.equal(dense.sequences, found.first[0].sequences)
     return found
 
 
@@ -197,6 +213,7 @@ def _figures(
         "answer": told["unpatched"][0].text,
         "runs": options.repeat,
         "identical": found.identical,
+        "as_without_drafts": found.as_dense,
         "unpatched_repeats_itself": found.repeats_itself,
         "difference": difference,
         **{way: {name: middle(runs, name) for name in _SPEEDS} for way, runs in told.items()},
@@ -236,6 +253,7 @@ def _table(found: Comparison) -> Table:
         table.add_row("KV cache, MiB", "", f"{stats.kv_cache_bytes / 2**20:,.1f}")
     extra = stats.workspace_bytes + stats.draft_weight_bytes
     table.add_row("beside it, MiB", "", f"{extra / 2**20:,.1f}")
+    table.add_row("promised", "", _PROMISED.get(stats.promise or "", "-"))
     table.add_row(
         "tokens identical", "", "[green]yes[/]" if found.identical else "[bold red]NO[/]"
     )
@@ -254,8 +272,14 @@ def _tell(
         say(f"ran as unpatched: {found.stats.fallback}", "yellow")
     if not found.repeats_itself:
         say("The unpatched model's answers differ among themselves, with the same seed.", "yellow")
+    if found.stats.promise_because is not None:
+        say(f"no stronger promise: {found.stats.promise_because}")
     if found.difference is not None:
         say(_parted(question, found.difference), "yellow")
+    if found.as_dense:
+        say("Without drafts, in passes of the same shape, the tokens are those with drafts.")
+    elif found.as_dense is False:
+        say("Without drafts the tokens are others, too: please report it as a bug.", "yellow")
     if isinstance(advice, str):
         say(f"no advice: {advice}")
     elif advice is not None:

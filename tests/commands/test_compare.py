@@ -67,6 +67,50 @@ def test_in_bfloat16_the_status_says_whether_tokens_are_identical(llama, tmp_pat
     assert found["identical"] == (found["difference"] is None)
 
 
+def test_it_says_what_was_promised(llama, tmp_path, capsys):
+    arguments = ["--model", llama, "--prompt", "Why?", "--max-new-tokens", 24, "--no-advice"]
+    arguments += [*DRAFTS, "--dtype", "bfloat16"]
+    found = compared(arguments, tmp_path / "a.json")
+    assert found["identical"] and found["stats"]["promise"] == "unpatched"
+    told = " ".join(capsys.readouterr().out.split())
+    assert "promised │ │ the unpatched bits" in told
+    path = tmp_path / "b.json"
+    cli.main(["compare", *map(str, arguments), "--reproducible", "yes", "--json", str(path)])
+    found = json.loads(path.read_text())
+    assert found["stats"]["promise"] == "reproducible"
+    assert found["as_without_drafts"] is (None if found["identical"] else True)
+    assert "drafts change no bit" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_broken_promise_is_a_bug(llama, tmp_path, monkeypatch, capsys):
+    plain = Rows.keep
+
+    def keep(self, tokens, *args):
+        drafted = tokens.shape[1] > 1
+        return plain(self, (tokens + drafted) % 60, *args)
+
+    monkeypatch.setattr(Rows, "keep", keep)
+    arguments = ["--model", llama, "--prompt", "Why?", "--max-new-tokens", 24, "--no-advice"]
+    arguments += [*DRAFTS, "--dtype", "bfloat16"]
+    found = compared(arguments, tmp_path / "a.json", status=1)
+    assert found["difference"]["promised"] and not found["difference"]["is_rounding"]
+    assert "The unpatched model's own bits were promised" in " ".join(
+        capsys.readouterr().out.split()
+    )
+    arguments += ["--reproducible", "yes"]
+    found = compared(arguments, tmp_path / "b.json", status=1)
+    assert found["as_without_drafts"] is False
+    assert "Without drafts the tokens are others" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize("wrong", ["1", "65", "maybe"])
+def test_a_wrong_promise_is_refused_with_what_there_is(wrong, capsys):
+    with pytest.raises(SystemExit) as end:
+        cli.main(["generate", "--reproducible", wrong])
+    assert end.value.code == 2
+    assert "expected no, yes, auto, unpatched or 2 to 64 tokens" in capsys.readouterr().err
+
+
 def test_a_bug_is_told_with_its_margin_and_status_1(llama, tmp_path, monkeypatch, capsys):
     plain = Rows.keep
     monkeypatch.setattr(

@@ -50,6 +50,26 @@ def test_same_tokens_as_unpatched(make_gpu_case, family, rows, mode):
                     case.assert_same_tokens(expected, got)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_passes_of_one_shape_give_the_same_bits_whatever_is_drafted(make_gpu_case, family):
+    for seed, rows in ((0, 1), (1, 3)):
+        case = make_gpu_case(family, seed, rows, dtype=torch.bfloat16, max_new_tokens=48)
+        case.inputs = {
+            name: value.to(torch.bfloat16) if value.is_floating_point() else value
+            for name, value in case.inputs.items()
+        }
+        told = []
+        for draft_length in (0, 1, 4, 7, "auto"):
+            for cuda_graphs in (False, True):
+                options = dict(draft_length=draft_length, cuda_graphs=cuda_graphs, top_k_keys=4)
+                with std_decode.patched(case.model, reproducible=True, **options):
+                    told.append(case.generate(output_logits=True, return_dict_in_generate=True))
+                    assert std_decode.last_stats(case.model).promise == "reproducible"
+        for other in told[1:]:
+            assert torch.equal(other.sequences, told[0].sequences)
+            assert all(map(torch.equal, other.logits, told[0].logits))
+
+
 def test_the_generator_ends_where_it_does_unpatched(make_gpu_case):
     case = make_gpu_case("qwen2_vl", 3, rows=3, do_sample=True)
 
