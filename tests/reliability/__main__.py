@@ -4,12 +4,13 @@ import argparse
 import sys
 from importlib import import_module
 
-COMMANDS = ("lossless", "soak", "fuzz", "draws", "replaced")
+COMMANDS = ("lossless", "pretrained", "soak", "fuzz", "draws", "replaced")
 
 _EPILOG = """\
 examples:
   python -m tests.reliability lossless --cases 2000 --state lossless.jsonl
   python -m tests.reliability lossless --cases 2000 --shard 2/4   one of four processes
+  python -m tests.reliability pretrained --prompts 100 --state pretrained.jsonl
   python -m tests.reliability soak --rounds 10000
   python -m tests.reliability fuzz --cases 500
   python -m tests.reliability draws

@@ -41,6 +41,8 @@ def add_parser(commands: Any) -> None:
     )
     add = parser.add_argument
     add("--cases", type=int, default=2000, metavar="N", help="rounded up to hundreds (2000)")
+    add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32",
+        help="of the models (float32)")  # fmt: skip
     add("--shard", default="1/1", metavar="I/N", help="every N-th hundred, from the I-th (1/1)")
     add("--state", type=Path, metavar="FILE", help="keep what is done here, and go on from it")
     add("--out", type=Path, metavar="DIR", help="write a section of DIR/reliability.md")
@@ -66,7 +68,9 @@ def run(options: argparse.Namespace) -> int:
         for shard in shards:
             if shard in done:
                 continue
-            record = {"shard": shard, **cases(shard, SHARD, lambda: progress.advance(task))}
+            record = {"shard": shard, **cases(
+                shard, SHARD, lambda: progress.advance(task), dtype=options.dtype
+            )}  # fmt: skip
             done[shard] = record
             print(f"shard {shard}: {summary([record])}", flush=True)
             for line in (*record["ties"], *record["failures"]):
@@ -93,6 +97,7 @@ def cases(
     count: int,
     each: Callable[[], None] = lambda: None,
     shrink: bool = True,
+    dtype: str = "float32",
 ) -> dict:
     """Run `count` cases drawn from the number `shard`.
 
@@ -118,7 +123,7 @@ def cases(
         outcome = run_trial(trial)
         families[trial.family] += 1
         counts["cases"] += 1
-        for name in ("tokens", "rounds", "drafted", "accepted", "lockstep"):
+        for name in ("tokens", "rounds", "drafted", "accepted", "lockstep", "as_unpatched"):
             counts[name] += getattr(outcome, name)
         counts["captured"] += trial.captured
         counts["sampled"] += dict(trial.options)["do_sample"]
@@ -133,7 +138,7 @@ def cases(
         suppress_health_check=list(HealthCheck),
         phases=[Phase.generate, Phase.shrink] if shrink else [Phase.generate],
     )
-    test = plain(given(trials())(body))
+    test = plain(given(trials(dtype))(body))
     try:
         seed(shard)(test)()
     except Exception as error:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 from unittest import mock
@@ -55,6 +55,7 @@ class Trial:
         captured: whether passes are captured and replayed (by the stand-in of recorder.py).
         small: whether buffers begin small, so that they have to grow in mid-answer.
         calls: one after the other, the second with another text and no new seed.
+        reproducible: as `patch` has it.
     """
 
     family: str
@@ -78,6 +79,8 @@ class Trial:
     small: bool
     calls: int
     seed: int
+    dtype: str = "float32"
+    reproducible: Any = "auto"
 
 
 # One to vary by hand.
@@ -113,6 +116,7 @@ class Outcome:
     Attributes:
         ties: (call, row, step) where rounding decided otherwise, see margin.py.
         tokens: compared, of all rows.
+        as_unpatched: whether bit for bit the unpatched model's were promised.
     """
 
     ties: tuple[tuple[int, int, int], ...]
@@ -121,6 +125,7 @@ class Outcome:
     drafted: int
     accepted: int
     lockstep: bool
+    as_unpatched: bool
 
 
 # --- how trials are drawn ---
@@ -161,7 +166,7 @@ def _options(sampled: bool, processors: list[dict], warpers: list[dict]) -> tupl
 
 
 @st.composite
-def trials(draw: Any) -> Trial:
+def trials(draw: Any, dtype: str = "float32") -> Trial:
     """A hypothesis strategy."""
     family = draw(st.sampled_from((*VISUAL, *TEXTUAL)))
     count = draw(st.sampled_from((1, 1, 2, 3, 4)))
@@ -172,6 +177,9 @@ def trials(draw: Any) -> Trial:
     most_drafts: Any = draw(st.sampled_from((1, 2, 3, 4, 5, 6, 7, 12, 20)))
     if schedule is None and draw(st.integers(0, 5)) == 0:
         most_drafts = "auto"
+    reproducible = "auto"
+    if dtype != "float32" and draw(st.integers(0, 2)) == 0:
+        reproducible = True if most_drafts == "auto" else draw(st.integers(most_drafts + 1, 24))
     return Trial(
         family=family,
         layers=3 if family in FIXED_LAYERS else draw(st.integers(1, 3)),
@@ -198,6 +206,8 @@ def trials(draw: Any) -> Trial:
         small=draw(st.sampled_from((False, False, True))),
         calls=draw(st.sampled_from((1, 1, 2))),
         seed=draw(st.integers(0, 2**16)),
+        dtype=dtype,
+        reproducible=reproducible,
     )
 
 
@@ -205,13 +215,13 @@ def trials(draw: Any) -> Trial:
 
 
 @lru_cache(maxsize=24)
-def model_of(family: str, layers: int, kv_heads: int, weights: int) -> Any:
+def model_of(family: str, layers: int, kv_heads: int, weights: int, dtype: str = "float32") -> Any:
     # A vocabulary of whole groups, so that the LM head can have a 4-bit copy.
     sizes = dict(num_hidden_layers=layers, num_key_value_heads=kv_heads, vocab_size=128)
     torch.manual_seed(weights)
     with mock.patch.dict(TEXT, sizes):
         model, _ = FAMILIES[family].build(1)
-    return model.float().eval()
+    return model.to(getattr(torch, dtype)).eval()
 
 
 def prompt_of(trial: Trial, seed: int) -> dict[str, Tensor]:
@@ -227,6 +237,9 @@ def prompt_of(trial: Trial, seed: int) -> dict[str, Tensor]:
         holes[:, -1] = False
         mask[holes & ((ids < 99) | torch.tensor(trial.family not in QWEN))] = 0
     inputs = {"input_ids": ids, "attention_mask": mask, **more}
+    kind = getattr(torch, trial.dtype)
+    for name, value in inputs.items():
+        inputs[name] = value.to(kind) if value.is_floating_point() else value
     if trial.family in QWEN:
         inputs["mm_token_type_ids"] = (ids == VIDEO).int() * 2 + (ids == IMAGE).int()
     return inputs
@@ -356,18 +369,18 @@ def spoiled(select: Any, how: str, seed: int) -> Any:
 @contextmanager
 def surroundings(trial: Trial) -> Iterator[None]:
     with ExitStack() as stack:
-        replace = mock.patch.object
+        put = mock.patch.object
         if trial.selection != "best":
             select = spoiled(engine.select_topk, trial.selection, trial.seed)
-            stack.enter_context(replace(engine, "select_topk", select))
+            stack.enter_context(put(engine, "select_topk", select))
         if trial.captured:
-            stack.enter_context(replace(graphs, "unavailable", lambda devices: None))
-            stack.enter_context(replace(graphs, "capture", Recording()))
-            stack.enter_context(replace(pool, "bucket", lambda tokens: tokens))
+            stack.enter_context(put(graphs, "unavailable", lambda devices: None))
+            stack.enter_context(put(graphs, "capture", Recording()))
+            stack.enter_context(put(pool, "bucket", lambda tokens: tokens))
         if trial.small:
-            stack.enter_context(replace(cache, "BUCKET", 16))
-            stack.enter_context(replace(generation, "MOST_NEW_TOKENS", 4))
-            stack.enter_context(replace(rows_module, "MOST_NEW_TOKENS", 4))
+            stack.enter_context(put(cache, "BUCKET", 16))
+            stack.enter_context(put(generation, "MOST_NEW_TOKENS", 4))
+            stack.enter_context(put(rows_module, "MOST_NEW_TOKENS", 4))
         yield
 
 
@@ -391,26 +404,33 @@ def run(trial: Trial) -> Outcome:
     Raises:
         AssertionError: the tokens differ where no near tie excuses it, or what else a caller sees.
     """
-    model = model_of(trial.family, trial.layers, trial.kv_heads, trial.weights)
+    model = model_of(trial.family, trial.layers, trial.kv_heads, trial.weights, trial.dtype)
     prompts = [prompt_of(trial, trial.seed + call) for call in range(trial.calls)]
     options = options_of(trial, model, prompts[0])
-    plain, states = [], []
-    torch.manual_seed(trial.seed)
-    for inputs in prompts:
-        states.append(torch.get_rng_state())
-        plain.append(_generate(model, inputs, options, trial.watched))
-    after = torch.get_rng_state()
-    ours, stats = _patched(trial, model, prompts, options)
+    plain, states, after = _unpatched(trial, model, prompts, options)
+    ours, stats, state = _patched(trial, model, prompts, options)
+    promises = [one.promise for one in stats]
+    rows = max(one.tokens_per_pass for one in stats)
+    if rows:
+        dense = replace(trial, schedule=None, most_drafts=0, reproducible=rows)
+        others, _, after = _patched(dense, model, prompts, options)
+        plain = [
+            text if promise == "unpatched" else other
+            for text, other, promise in zip(plain, others, promises)
+        ]
     ties: list[tuple[int, int, int]] = []
     for call, ((expected, calls), (got, seen)) in enumerate(zip(plain, ours)):
         torch.set_rng_state(states[call])
+        if trial.dtype != "float32":
+            assert promises[call] != "rounded", stats[call].promise_because
+            assert torch.equal(expected, got), f"call {call}: other tokens, {promises[call]}"
         found = _compare(model, prompts[call], options, expected, got)
         ties += [(call, row, step) for row, step in sorted(found)]
         if found:
             break  # other random numbers from here on, and other calls
         assert len(calls) == len(seen) and all(map(_same, calls, seen)), "other calls were seen"
     else:
-        assert torch.equal(after, _patched.state), "the generator was left in another state"
+        assert torch.equal(after, state), "the generator was left in another state"
     width = sum(expected.numel() - prompt["input_ids"].numel()
                 for (expected, _), prompt in zip(plain, prompts))  # fmt: skip
     return Outcome(
@@ -420,7 +440,19 @@ def run(trial: Trial) -> Outcome:
         sum(one.drafted for one in stats),
         sum(one.accepted for one in stats),
         stats[0].mode == "lockstep",
+        set(promises) == {"unpatched"},
     )
+
+
+def _unpatched(
+    trial: Trial, model: Any, prompts: list, options: dict
+) -> tuple[list, list[Tensor], Tensor]:
+    plain, states = [], []
+    torch.manual_seed(trial.seed)
+    for inputs in prompts:
+        states.append(torch.get_rng_state())
+        plain.append(_generate(model, inputs, options, trial.watched))
+    return plain, states, torch.get_rng_state()
 
 
 def _generate(model: Any, inputs: Any, options: Any, watched: str) -> tuple[Tensor, list]:
@@ -429,12 +461,13 @@ def _generate(model: Any, inputs: Any, options: Any, watched: str) -> tuple[Tens
     return getattr(output, "sequences", output), getattr(seen, "calls", [])
 
 
-def _patched(trial: Trial, model: Any, prompts: list, options: dict) -> tuple[list, list]:
+def _patched(trial: Trial, model: Any, prompts: list, options: dict) -> tuple[list, list, Tensor]:
     patch: dict[str, Any] = dict(
         draft_length=trial.most_drafts,
         top_k_keys=trial.top_k_keys,
         reselect=trial.reselect,
         draft_weights=trial.draft_weights,
+        reproducible=trial.reproducible,
     )
     if trial.family in TEXTUAL:
         patch["visual_token_ids"] = [VIDEO, IMAGE]
@@ -450,8 +483,8 @@ def _patched(trial: Trial, model: Any, prompts: list, options: dict) -> tuple[li
             outputs.append(_generate(model, inputs, options, trial.watched))
             stats.append(std_decode.last_stats(model))
             assert stats[-1].fallback is None, stats[-1].fallback
-        _patched.state = torch.get_rng_state()
-    return outputs, stats
+        state = torch.get_rng_state()
+    return outputs, stats, state
 
 
 def _same(a: Any, b: Any) -> bool:
