@@ -14,6 +14,7 @@ COMMANDS = {
     "exactness": "bench.exactness.command",
     "kernels": "bench.kernels.command",
     "prefill": "bench.prefill",
+    "promises": "bench.promises",
     "report": "bench.report.command",
     "roofline": "bench.roofline.command",
     "selection": "bench.selection.command",
@@ -32,6 +33,7 @@ examples:
   python -m bench exactness                      how many tokens differ in bfloat16, demo model
   python -m bench kernels --quick --out quick    each op beside its rivals, also on the CPU
   python -m bench prefill                        time to the first token, patched and unpatched
+  python -m bench promises                       what passes take under each promise, in bfloat16
   python -m bench report --check                 do README's tables say what the results say?
   python -m bench roofline --model qwen2-vl-7b --gpu h200 --batch 8 --context 25000
   python -m bench selection --out trial           rules of re-selection, on the demo model

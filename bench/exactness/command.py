@@ -26,7 +26,9 @@ little; a model of random weights (the tiny shape of bench decode, another for e
 sure of anything, and shows the other end. A pretrained one (SmolLM2-135M-Instruct, from packages)
 summarises English texts. What is compared:
 
-  drafts        patched, always drafting, and so verifying several tokens at once
+  drafts        patched with reproducible=False, always drafting, and so verifying several tokens
+                at once; in half precision "drafts, as promised" are those of reproducible="auto",
+                which on a CPU has every bit of the unpatched model's
   dense path    patched, never drafting
   batch of 4    unpatched, the same prompt four times: how far plain decoding is from itself
   float32       unpatched, but in float32: what the type itself changes

@@ -14,11 +14,11 @@ from bench.arguments import between, new_parser
 
 _HELP = """\
 Runs the GPU test suite, then times decoding at a 7B model's shape and of the demo model beside
-transformers', then each op at a few real sizes beside its rivals, then prefill (see --help of
-bench decode, kernels and prefill). Nobody needs to watch: each part has its share of
---seconds, what a part does not use is for those after it, and a part that fails or hangs costs the
-others nothing. What computes something wrong is reported and not timed. What did not fit is listed
-as out of time. A few lines about each part are printed when it ends, and no more.
+transformers', then each op at a few real sizes beside its rivals, then prefill and promises (see
+--help of bench decode, kernels, prefill and promises). Nobody needs to watch: each part has its
+share of --seconds, what a part does not use is for those after it, and a part that fails or hangs
+costs the others nothing. What computes something wrong is reported and not timed. What did not fit
+is listed as out of time. A few lines about each part are printed when it ends, and no more.
 
 Writes into DIR as it goes, so that a run that is cut off still counts:
 
@@ -28,6 +28,7 @@ Writes into DIR as it goes, so that a run that is cut off still counts:
   decode-DEVICE.jsonl, .png    decoding, whole models
   kernels-DEVICE.jsonl, .png   each op beside its rivals
   prefill-DEVICE.jsonl         time to the first token, patched beside unpatched
+  promises-DEVICE.jsonl        passes that round, and passes of one shape
 
 RESUME. --resume goes on where a run into DIR was cut off or ran out of time, given the same
 sources, versions and GPU. --resume EARLIER takes the files of EARLIER into DIR first, for a
@@ -44,7 +45,7 @@ examples:
   python -m bench gpu --out round1 --resume             go on in the same folder
   python -m bench gpu --out "$OUT" --resume round1      go on from files brought along
   python -m bench gpu --out round1 --part decode --seconds 300"""
-DEVICE_FILES = ("round", "decode", "kernels", "prefill")  # NAME-DEVICE.jsonl
+DEVICE_FILES = ("round", "decode", "kernels", "prefill", "promises")  # NAME-DEVICE.jsonl
 
 
 def add_parser(commands: Any) -> None:

@@ -50,6 +50,12 @@ PARTS = [
     ),
     Part("kernels", 90, ["--preset", "round"]),
     Part("prefill", 40, ["--shape", "qwen2-vl-7b", "--tokens", "4096", "25000", "--pairs", "7"]),
+    Part(
+        "promises",
+        40,
+        ["--models", "qwen2-vl-7b", "--tokens", "25000", "--dtypes", "bfloat16", "--new", "24",
+         "--runs", "2"],
+    ),
 ]  # fmt: skip
 
 

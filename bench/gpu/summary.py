@@ -11,13 +11,15 @@ from bench.roofline.devices import named
 
 WIDTH = 150  # characters of a line
 MOST_FAILURES = 8
-MOST = {"tests": 2400, "decode": 5400, "kernels": 3000, "prefill": 400}  # characters, about
+# Characters, about.
+MOST = {"tests": 2400, "decode": 5400, "kernels": 3000, "prefill": 400, "promises": 350}
 _Records = list[dict[str, Any]]
 
 
 def lines(part: str, records: _Records) -> list[str]:
     """Of a part's results file; those of all parts are under 12,000 characters."""
-    found = {"tests": _tests, "decode": _decode, "kernels": _kernels, "prefill": _prefill}
+    found = {"tests": _tests, "decode": _decode, "kernels": _kernels, "prefill": _prefill,
+             "promises": _promises}  # fmt: skip
     speeds = [r["gb_per_s"] for r in records if r.get("op") == "copy"]
     speeds += [records[0]["copy_gb_per_s"]] if "copy_gb_per_s" in records[0] else []
     copies = [_copy(records[0], speed) for speed in speeds]
@@ -160,3 +162,17 @@ def _prefill(records: _Records) -> list[str]:
         if "ratio" in r else f"{r['tokens']} tokens: {r['note']}"
         for r in records
     ]  # fmt: skip
+
+
+def _promises(records: _Records) -> list[str]:
+    told = []
+    for record in records:
+        if "milliseconds" not in record:
+            told.append(f"{record['model']}: {record['note']}")
+            continue
+        broken = [way for way, same in record["kept"].items() if not same]
+        told.append(f"{record['model']}, {record['dtype']}: kept {not broken} {broken or ''}")
+        for way, widths in record["milliseconds"].items():
+            steps = ", ".join(f"{width}: {took:.2f} ms" for width, took in widths.items())
+            told.append(f"{way}, by tokens of a pass: {steps}")
+    return told

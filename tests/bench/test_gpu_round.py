@@ -77,7 +77,7 @@ def of_round(out, about):
 def test_time_is_shared_and_what_is_left_is_for_the_rest(tmp_path, about, monkeypatch):
     now, given = [0.0], {}
     monkeypatch.setattr(parts, "time", SimpleNamespace(monotonic=lambda: now[0]))
-    use = {"tests": 0.1, "decode": 1.0, "kernels": 0.5, "prefill": 1.0}
+    use = {"tests": 0.1, "decode": 1.0, "kernels": 0.5, "prefill": 1.0, "promises": 1.0}
 
     def time_part(part, out, about, seconds, resume):
         given[part.name] = seconds
@@ -86,8 +86,8 @@ def test_time_is_shared_and_what_is_left_is_for_the_rest(tmp_path, about, monkey
 
     monkeypatch.setattr(parts, "time_part", time_part)
     assert parts.run_parts(tmp_path, about, parts.PARTS, 540.0, False) == 0
-    assert given["tests"] == pytest.approx(540 * 150 / 540)
-    assert given["decode"] == pytest.approx((540 - 15) * 260 / 390)
+    assert given["tests"] == pytest.approx(540 * 150 / 580)
+    assert given["decode"] == pytest.approx((540 - 54 / 580 * 150) * 260 / 430)
     assert now[0] == pytest.approx(540)  # to the end, and no further
     # Starting and the last thing begun come on top: a machine may stop it after 600 seconds.
     parser = argparse.ArgumentParser()
