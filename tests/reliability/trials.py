@@ -458,7 +458,10 @@ def _unpatched(
 def _generate(model: Any, inputs: Any, options: Any, watched: str) -> tuple[Tensor, list]:
     more, seen = watching(watched)
     output = model.generate(**inputs, **options, **more)
-    return getattr(output, "sequences", output), getattr(seen, "calls", [])
+    calls = getattr(seen, "calls", [])
+    if watched == "scores" and model.dtype != torch.float32:
+        calls = list(output.scores)  # every bit of them
+    return getattr(output, "sequences", output), calls
 
 
 def _patched(trial: Trial, model: Any, prompts: list, options: dict) -> tuple[list, list, Tensor]:
