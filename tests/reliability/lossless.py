@@ -25,8 +25,9 @@ text in any order; batches, left padding, masks with holes; any draft length eac
 all keys, re-selected or not, or random keys instead of the best, or none; EOS ids; processors and
 sampling; captured passes; buffers that grow in mid-answer; two calls one after the other.
 
-A token may differ where rounding decides between two that are closer than 1e-4
-(tests/decode/margin.py): such ties are printed and counted. Cases come in shards of 100, each
+In float32 a token may differ where rounding decides between two that are closer than 1e-4
+(tests/decode/margin.py): such ties are printed and counted. With another --dtype none may differ,
+and of returned scores no bit. Cases come in shards of 100, each
 drawn from the number of the shard; a failing one is reduced to a smallest one and printed. With
 --state what is done is kept in FILE, and a run that was interrupted goes on from there.
 Exit status: 0, 1 if any case fails or more than 3 in 2,000 had ties."""
@@ -80,7 +81,10 @@ def run(options: argparse.Namespace) -> int:
                     file.write(json.dumps(record) + "\n")
     records = list(done.values())
     print(summary(records))
-    report.write(options.out, "Random calls, patched and unpatched", section(records, about()))
+    title = "Random calls, patched and unpatched"
+    if options.dtype != "float32":
+        title += f", {options.dtype}"
+    report.write(options.out, title, section(records, about(), options.dtype))
     failures, ties = (sum(len(r[name]) for r in records) for name in ("failures", "ties"))
     return int(bool(failures) or ties > math.ceil(TIES * len(records) * SHARD))
 
@@ -170,21 +174,30 @@ def summary(records: list[dict]) -> str:
     )
 
 
-def section(records: list[dict], about: str) -> str:
+def section(records: list[dict], about: str, dtype: str) -> str:
     families: Counter = Counter()
     for record in records:
         families.update(record["families"])
     kinds = ", ".join(f"{name} {count}" for name, count in sorted(families.items()))
     parts = {name: total(records, name) for name in ("lockstep", "captured", "sampled", "batches")}
     worst = [*total(records, "failures"), *total(records, "ties")]
+    option, more = "", ""
+    if dtype != "float32":
+        option = f" --dtype {dtype}"
+        more = (
+            " No token may differ, however near a tie: from the unpatched model's in "
+            f"{total(records, 'as_unpatched'):,} cases, from those without drafts in passes of "
+            "one shape in the others."
+        )
     return "\n".join(
         [
-            f"`python -m tests.reliability lossless --cases {len(records) * SHARD}` ({about}):",
+            f"`python -m tests.reliability lossless --cases {len(records) * SHARD}{option}` "
+            f"({about}):",
             "",
             f"{summary(records)}.",
             "",
             f"Families: {kinds}. In lockstep {parts['lockstep']}, with captured passes "
-            f"{parts['captured']}, sampled {parts['sampled']}, batches {parts['batches']}.",
+            f"{parts['captured']}, sampled {parts['sampled']}, batches {parts['batches']}.{more}",
             *(["", *(f"- {line}" for line in worst)] if worst else []),
         ]
     )
