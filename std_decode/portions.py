@@ -29,6 +29,7 @@ _GROUPED = {
     for function in (getattr(F, "grouped_mm", None), getattr(torch, "_grouped_mm", None))
     if function is not None
 }
+_MATMUL = {torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__}
 # Whose result for an element depends on where in the tensor it is, in the last bits.
 _UNEVEN = {
     *(F.silu, F.gelu, F.softplus, torch.sigmoid, torch.tanh, torch.exp, torch.cos, torch.sin),
@@ -61,6 +62,8 @@ class Portions(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is F.linear:
             return self._linear(*args, **kwargs)
+        if func in _MATMUL:
+            return self._matmul(func, *args, **kwargs)
         if func in _GROUPED:
             return self._grouped(func, *args, **kwargs)
         if func in _UNEVEN and args[0].device.type == "cpu":
@@ -78,24 +81,31 @@ class Portions(TorchFunctionMode):
 
     def _linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         rows = input.numel() // input.shape[-1]
-        if input.dim() == 2 and not isinstance(weight, nn.Parameter):
-            return self._expert(input, weight, bias)
-        if not self.alone or rows != self.batch * self.tokens:
+        if input.dim() == 2 and (_is_part(weight) or rows % self.tokens):
+            return self._expert(F.linear, input, weight, bias)
+        # A part of the rows of a batch may have an adapter of its own.
+        of_tokens = input.dim() == 2 or (input.dim() == 3 and input.shape[1] == self.tokens)
+        few = rows // self.tokens
+        if not (self.alone and of_tokens) or same_bits(_Product.of(weight, bias), few, rows):
             return F.linear(input, weight, bias)
-        if same_bits(_Product.of(weight, bias), self.batch, rows):
-            return F.linear(input, weight, bias)
-        each = input.reshape(self.batch, self.tokens, -1).unbind(1)
+        each = input.reshape(few, self.tokens, -1).unbind(1)
         if input.dim() == 3:
             each = [row[:, None] for row in each]
         outs = [F.linear(row.contiguous(), weight, bias) for row in each]
         return torch.stack(outs, dim=1).view(*input.shape[:-1], -1)
 
-    def _expert(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def _matmul(self, func: Callable, input: Tensor, other: Tensor) -> Tensor:
+        if not (isinstance(other, Tensor) and input.dim() == other.dim() == 2):
+            return func(input, other)
+        return self._expert(lambda rows, weight, _: func(rows, weight.mT), input, other.mT)
+
+    def _expert(
+        self, func: Callable, input: Tensor, weight: Tensor, bias: Tensor | None = None
+    ) -> Tensor:
         """Of the tokens ``[n, K]`` that chose one expert: each as if no other had."""
-        product = _Product.of(weight, bias)
-        if self._even(product, len(input)):
-            return F.linear(input, weight, bias)
-        return torch.cat([F.linear(row, weight, bias) for row in input.split(1)])
+        if self._even(_Product.of(weight, bias), len(input)):
+            return func(input, weight, bias)
+        return torch.cat([func(row, weight, bias) for row in input.split(1)])
 
     def _grouped(self, func: Callable, input: Tensor, weight: Tensor, **kwargs: Any) -> Tensor:
         """The same of all experts; rows ``[n, K]`` sorted by expert, weights ``[E, K, N]``."""
@@ -124,6 +134,11 @@ class Portions(TorchFunctionMode):
             even = all(same_bits(product, 1, rows) for rows in range(2, MOST_EVEN + 1)) and even
             self.uneven |= not even
         return even
+
+
+def _is_part(weight: Tensor) -> bool:
+    """Whether it is one expert's of a tensor that holds all of them; a router's stands alone."""
+    return type(weight) is Tensor and weight.untyped_storage().nbytes() > weight.nbytes
 
 
 @dataclass(frozen=True)

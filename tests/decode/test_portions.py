@@ -96,6 +96,22 @@ def test_experts_have_each_token_as_if_no_other_chose_them(library, alone, batch
         assert mode.uneven == (library == "uneven" and alone and batch > 1)
 
 
+def test_experts_by_matmul_and_parts_of_a_batch(library):
+    torch.manual_seed(4)
+    mode, experts = Portions(1, 6, alone=True), torch.randn(4, 1536, 24).half()
+    states = torch.randn(5, 1536).half()
+    for function in (torch.matmul, torch.Tensor.__matmul__):
+        got = mode.__torch_function__(function, (), (states, experts[1]))
+        assert torch.equal(got, torch.cat([row @ experts[1] for row in states.split(1)]))
+    many = torch.randn(2, 3, 5, 8), torch.randn(2, 3, 8, 5)  # attention, as eager models have it
+    assert torch.equal(mode.__torch_function__(torch.matmul, (), many), torch.matmul(*many))
+    weight = nn.Parameter(torch.randn(24, 1536).bfloat16(), requires_grad=False)
+    some = torch.randn(2, 4, 1536).bfloat16()  # of three rows, those with one adapter
+    got = linear(Portions(3, 4, alone=True), some, weight)
+    alone = [F.linear(some[:, t : t + 1].contiguous(), weight) for t in range(4)]
+    assert torch.equal(got, torch.cat(alone, dim=1))
+
+
 def grouped(library, input, weight, offs):
     outs, start = [], 0
     for matrix, end in zip(weight, offs.tolist()):
