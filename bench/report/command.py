@@ -27,6 +27,7 @@ its first record says which, with versions, driver, commit and date:
   decode    decode-DEVICE.jsonl, by python -m bench decode; plots beside it
   kernels   kernels-DEVICE.jsonl, by python -m bench kernels; a plot beside it
   prefill   prefill-DEVICE.jsonl, by python -m bench prefill
+  promises  promises-DEVICE.jsonl, by python -m bench promises
   ceiling   roofline.md, by python -m bench roofline: predicted, not measured
 
 Of what has no file yet there is no table. To publish a GPU's results copy the files that

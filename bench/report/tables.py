@@ -95,6 +95,31 @@ def _prefill(about: Record, records: list[Record]) -> list[str]:
     return [*markdown_table(head, rows), "", where] if rows else []
 
 
+# What promises cost
+
+
+def promises(results: Path) -> list[str]:
+    return _each(results, "promises", _promises)
+
+
+def _promises(about: Record, records: list[Record]) -> list[str]:
+    timed = [record for record in records if "milliseconds" in record]
+    widths = sorted({w for r in timed for way in r["milliseconds"].values() for w in way}, key=int)
+    head = ("model", "type", "unpatched step", "promise",
+            *("dense step" if w == "1" else f"{w} tokens" for w in widths))  # fmt: skip
+    rows = []
+    for record in timed:
+        took = record["milliseconds"]
+        for way in (way for way in took if way != "unpatched"):
+            cells = [took[way].get(width) for width in widths]
+            broken = "" if record["kept"].get(way, True) else " NOT KEPT: A BUG"
+            rows.append((record["model"], record["dtype"], f"{took['unpatched']['1']:.1f}",
+                         f"{way}{broken}",
+                         *("-" if took is None else f"{took:.1f}" for took in cells)))  # fmt: skip
+    where = f"Milliseconds a pass, batch 1, greedy; {in_words(about)}."
+    return [*markdown_table(head, rows), "", where] if rows else []
+
+
 # Decoding
 
 
@@ -241,5 +266,6 @@ TABLES: dict[str, Callable[[Path], list[str]]] = {
     "decode": decode,
     "kernels": kernels,
     "prefill": prefill,
+    "promises": promises,
     "ceiling": ceiling,
 }

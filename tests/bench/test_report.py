@@ -108,7 +108,7 @@ def test_what_cannot_be_understood_is_refused(tmp_path, capsys, text, message):
     assert (tmp_path / "README.md").read_text() == text
 
 
-@pytest.mark.parametrize("name", ["demo", "decode", "kernels", "prefill"])
+@pytest.mark.parametrize("name", ["demo", "decode", "kernels", "prefill", "promises"])
 def test_what_has_no_file_has_no_table(results, name):
     rows, text = told(results, name)
     assert rows == [] and f"<!-- table: {name} -->\n<!-- end -->" in text
@@ -128,6 +128,18 @@ def test_the_demo_table(results):
     assert where in text and "identical." in text and "BUG" not in text
     results.keep("demo", demo_record(identical=False))
     assert "A BUG" in told(results, "demo")[1]
+
+
+def test_the_table_of_promises(results):
+    took = {"unpatched": {"1": 20.0}, "rounded": {"1": 20.4, "8": 31.0}, "one shape": {"1": 30.0}}
+    record = {"model": "demo", "dtype": "bfloat16", "milliseconds": took, "kept": {}, "note": ""}
+    late = {"model": "x", "dtype": "bfloat16", "note": "skipped: out of time"}
+    results.keep("promises", record, late, {**record, "kept": {"one shape": False}})
+    rows, text = told(results, "promises")
+    assert rows[0][-2:] == ["dense step", "8 tokens"] and len(rows) == 5
+    assert rows[1] == ["demo", "bfloat16", "20.0", "rounded", "20.4", "31.0"]
+    assert rows[2][3:] == ["one shape", "30.0", "-"]
+    assert rows[4][3] == "one shape NOT KEPT: A BUG" and "Milliseconds a pass" in text
 
 
 def decoded(what, speed, **more):
