@@ -7,6 +7,7 @@ the model and the device: tokens fed one by one against the same tokens fed toge
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -134,6 +135,7 @@ class _Trial:
         self.positions = (steps - self.padded).clamp(min=0)
         self.seen: list[tuple[str, Tensor | None, Tensor]] = []
         self.fed = 0  # tokens
+        self.thread = threading.get_ident()
 
     @torch.no_grad()
     def difference(self, one_by_one: Callable[[], list], promise: Promise) -> str | None:
@@ -228,7 +230,7 @@ class _Trial:
         def note(module: nn.Module, args: tuple, output: Any) -> None:
             made = output[0] if isinstance(output, tuple) and output else output
             given = args[0] if args else None
-            if of_tokens(made):
+            if of_tokens(made) and threading.get_ident() == self.thread:
                 part = f"{name} ({type(module).__name__})"
                 self.seen.append((part, given if of_tokens(given) else None, made))
 

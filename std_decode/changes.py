@@ -13,9 +13,13 @@ from transformers import PreTrainedModel
 from std_decode.eligibility import SUPPORTED, attention_layers
 from std_decode.implementation import attention_parts
 
-# Hooks that do the same to a token whatever it is fed with: transformers' own, and the one by
-# which PEFT tells a batch's rows their adapters.
-_HARMLESS_HOOKS = ("transformers.", "peft.tuners.lora.model._adapter_names_pre_forward_hook")
+# Hooks that do the same to a token whatever it is fed with: transformers' own, the one by which
+# PEFT tells a batch's rows their adapters, and those of a trial that another thread makes.
+_HARMLESS_HOOKS = (
+    "transformers.",
+    "std_decode.",
+    "peft.tuners.lora.model._adapter_names_pre_forward_hook",
+)
 
 
 class Tried:

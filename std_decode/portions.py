@@ -62,6 +62,8 @@ class Portions(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is F.linear:
             return self._linear(*args, **kwargs)
+        if func is torch.addmm and not kwargs and len(args) == 3:  # GPT-2 has its layers so
+            return self._linear(args[1], args[2].mT, args[0])
         if func in _MATMUL:
             return self._matmul(func, *args, **kwargs)
         if func in _GROUPED:
@@ -76,8 +78,10 @@ class Portions(TorchFunctionMode):
             input = input.view(self.batch, self.tokens, -1)
         if len(shape) < 2 or input.shape[-2] != self.tokens or kwargs.get("inplace"):
             return func(input.view(shape), *args, **kwargs)
-        each = [func(part.contiguous(), *args, **kwargs) for part in input.split(1, dim=-2)]
-        return torch.cat(each, dim=-2).view(shape)
+        each = input.split(1, dim=-2)
+        if input.is_contiguous():  # else, as half of a wider product, it would not be alone either
+            each = [part.contiguous() for part in each]
+        return torch.cat([func(part, *args, **kwargs) for part in each], dim=-2).view(shape)
 
     def _linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         rows = input.numel() // input.shape[-1]
@@ -180,14 +184,14 @@ def same_bits(product: _Product | None, few: int, rows: int) -> bool:
         return few == rows
     out_features, in_features = product.shape
     half = in_features // 2
-    generator = torch.Generator().manual_seed(0)
-    order = torch.randperm(half, generator=generator)
+    draw: Any = dict(generator=torch.Generator().manual_seed(0), device="cpu")
+    order = torch.randperm(half, **draw)
 
     def cancelling(count: int, sign: int) -> Tensor:
-        first = torch.randn(count, half, generator=generator)
+        first = torch.randn(count, half, dtype=torch.float32, **draw)
         # Of many magnitudes, or short sums would need no rounding.
-        first *= 2.0 ** torch.randint(-5, 6, first.shape, generator=generator)
-        last = torch.zeros(count, in_features % 2)
+        first *= 2.0 ** torch.randint(-5, 6, first.shape, **draw)
+        last = first.new_zeros(count, in_features % 2)
         numbers = torch.cat([first, sign * first[:, order], last], dim=1)
         return numbers.to(product.device, product.dtype)
 

@@ -82,11 +82,12 @@ def test_a_template_that_begins_with_the_bos_token_gets_no_second_one():
 
 def test_every_option_of_the_patch_comes_through():
     given = [*DRAFTS, "--draft-weights", "int4", "--draft-weights-cache", "a", "--no-reselect"]
-    options = cli._parser().parse_args(["generate", *given, "--compile"])
+    given += ["--compile", "--reproducible", "16"]
+    options = cli._parser().parse_args(["generate", *given])
     patch = answer.patch_options(options)
     assert patch.pop("draft_weights_cache").name == "a"
     assert patch == dict(top_k_keys=8, draft_length=3, reselect=False, draft_weights="int4",
-                         compile=True)  # fmt: skip
+                         compile=True, reproducible=16)  # fmt: skip
     defaults = answer.patch_options(cli._parser().parse_args(["generate"]))
     known = inspect.signature(std_decode.patch).parameters
     assert all(known[name].default == value for name, value in defaults.items())

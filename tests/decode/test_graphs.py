@@ -343,7 +343,7 @@ def test_passes_of_ever_new_shapes_pile_up_nothing(make_case, recording):
             ids = torch.zeros(1, 1, dtype=torch.int64)
             growing = torch.arange(1.0, length)
             for _ in range(3):  # as it is, captured, replayed
-                got = engine.step("verify", ids, ids, {"growing": growing})
+                got = engine.step("verify", ids, ids, 0, {"growing": growing})
                 assert torch.equal(got, growing * 2)
         assert len(engine.graphs.captured) == graphs.MOST_GRAPHS
         assert len(engine.inputs) <= graphs.MOST_GRAPHS + 1

@@ -103,6 +103,10 @@ def test_experts_by_matmul_and_parts_of_a_batch(library):
     for function in (torch.matmul, torch.Tensor.__matmul__):
         got = mode.__torch_function__(function, (), (states, experts[1]))
         assert torch.equal(got, torch.cat([row @ experts[1] for row in states.split(1)]))
+    bias, states = torch.randn(24).half(), torch.randn(6, 1536).half()
+    got = mode.__torch_function__(torch.addmm, (), (bias, states, experts[0].contiguous()))
+    alone = [F.linear(row, experts[0].contiguous().mT, bias) for row in states.split(1)]
+    assert torch.equal(got, torch.cat(alone))
     many = torch.randn(2, 3, 5, 8), torch.randn(2, 3, 8, 5)  # attention, as eager models have it
     assert torch.equal(mode.__torch_function__(torch.matmul, (), many), torch.matmul(*many))
     weight = nn.Parameter(torch.randn(24, 1536).bfloat16(), requires_grad=False)
