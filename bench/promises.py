@@ -27,7 +27,7 @@ Times decoding steps in half precision under each promise of patch(reproducible=
   unpatched bits reproducible="unpatched": each token's attention is a call of its own, and
                  products that would round otherwise are made token by token (on the CPU only)
 
-The models are SmolLM2-135M-Instruct, from packages, after 600 and 4,000 tokens of English, the
+The models are SmolLM2-135M-Instruct, from packages, after 600 and 2,000 tokens of English, the
 demo model after a clip of 4,096 video tokens, and any shape of bench decode with random weights
 after --tokens random tokens. Each way generates the same number of tokens; milliseconds are those
 that the call's own stats count for its passes, per pass, medians over runs that take turns. The
@@ -45,7 +45,7 @@ examples:
   python -m bench promises --models qwen2-vl-7b --tokens 25000   on a GPU"""
 WAYS: dict[str, Any] = {"rounded": False, "one shape": True, "unpatched bits": "unpatched"}
 WIDTHS = (1, 2, 5, 8)  # tokens of a pass that are the row's own
-_ENGLISH = (600, 4000)
+_ENGLISH = (600, 2000)
 _CLIP = 1024  # seconds, of 4 tokens
 
 
