@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
-from typing import Any, NamedTuple
+from typing import Any
 
 from bench.arguments import between, new_parser
 from bench.environment import in_words
@@ -47,14 +47,6 @@ WAYS: dict[str, Any] = {"rounded": False, "one shape": True, "unpatched bits": "
 WIDTHS = (1, 2, 5, 8)  # tokens of a pass that are the row's own
 _ENGLISH = (600, 2000)
 _CLIP = 1024  # seconds, of 4 tokens
-
-
-class Case(NamedTuple):
-    """What is measured."""
-
-    name: str
-    model: Any
-    inputs: dict[str, Any]
 
 
 def add_parser(commands: Any) -> None:
@@ -110,8 +102,9 @@ def run(options: argparse.Namespace) -> int:
                 journal.keep({**record, "note": "skipped: out of time"})
                 continue
             with console.status(f"{name}, {dtype}"):
-                case = Case(name, *make())
-                journal.keep({**record, **measure(case, options.new, options.runs, deadline)})
+                model, inputs = make()
+                timed = measure(model, inputs, options.new, options.runs, deadline)
+                journal.keep({**record, **timed})
             if path is not None:
                 replace_file(path.with_suffix(".md"), f"{_text(journal)}\n".encode())
     console.print(Markdown(_text(journal)))
@@ -166,7 +159,7 @@ def _cases(options: argparse.Namespace, dtype: str, device: Any) -> Iterator[tup
             yield f"{model}, {options.tokens:,} tokens", lambda model=model: random(model)
 
 
-def measure(case: Case, new: int, runs: int, deadline: float) -> Record:
+def measure(model: Any, inputs: dict[str, Any], new: int, runs: int, deadline: float) -> Record:
     """Milliseconds a pass, by way and width, and which promises were kept.
 
     Ways that the model cannot have are missing.
@@ -179,8 +172,8 @@ def measure(case: Case, new: int, runs: int, deadline: float) -> Record:
     told: dict[str, list[Any]] = {}
 
     def tell(**more: Any) -> Any:
-        return case.model.generate(
-            **case.inputs, max_new_tokens=new, min_new_tokens=new, do_sample=False, **more
+        return model.generate(
+            **inputs, max_new_tokens=new, min_new_tokens=new, do_sample=False, **more
         )
 
     for run in range(runs + 1):  # the first is not counted: it tries products and allocates
@@ -196,14 +189,14 @@ def measure(case: Case, new: int, runs: int, deadline: float) -> Record:
             for width in WIDTHS:
                 options = dict(draft_length=width - 1, reproducible=reproducible, top_k_keys=64)
                 try:
-                    std_decode.patch(case.model, **options)
+                    std_decode.patch(model, **options)
                 except NotImplementedError:
                     continue
                 try:
                     told.setdefault(way, []).append(tell())
-                    stats = std_decode.last_stats(case.model)
+                    stats = std_decode.last_stats(model)
                 finally:
-                    std_decode.unpatch(case.model)
+                    std_decode.unpatch(model)
                 assert stats is not None and stats.fallback is None, stats
                 stage = "verify" if width > 1 else "dense"
                 if run and stats.calls[stage]:

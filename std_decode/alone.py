@@ -37,8 +37,13 @@ def each_alone(attending: Attending, lengths: list[int]) -> Result:
     outs = []
     for rows in parts:
         length = lengths[rows.start] + 1
-        outs.append(torch.cat([_one(attending, rows, t, length + t) for t in range(count)], dim=1))
-    return torch.cat(outs), None
+        outs.append(_joined([_one(attending, rows, t, length + t) for t in range(count)], 1))
+    return _joined(outs, 0), None
+
+
+def _joined(parts: list[Tensor], dim: int) -> Tensor:
+    """Without the copy that torch.cat makes of one, as every dense step has it."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=dim)
 
 
 def _one(attending: Attending, rows: slice, token: int, length: int) -> Tensor:

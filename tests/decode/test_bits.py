@@ -7,7 +7,7 @@ import torch
 
 import std_decode
 import std_kernels
-from std_decode import alone, attention, bits, engine
+from std_decode import alone, attention, bits, cache, engine
 from std_decode.sampling import STATELESS
 from tests.decode.families import FAMILIES
 from tests.decode.observers import Watches
@@ -265,3 +265,12 @@ def test_rows_are_padded_and_drafts_cut_to_what_a_pass_holds(make_half, monkeypa
         stats = std_decode.last_stats(case.model)
     assert max(stats.draft_lengths, default=0) <= 3
     assert {width for phase, width in widths if phase == "verify"} == {4}
+
+
+def test_padding_gives_no_scores():
+    """Rows behind the newest draft have no estimate of their own, and none of an earlier round."""
+    layer = cache.BufferLayer(None, None)
+    layer.lse = torch.arange(7.0).expand(1, 2, 7)
+    estimate = layer.lse_estimate(8, padding=5)
+    assert estimate[0, 1].tolist() == [0.0, 1.0, 1.0, *[torch.inf] * 5]
+    assert layer.lse_estimate(8)[0, 0].tolist() == [0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 6.0]
