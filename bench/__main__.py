@@ -62,7 +62,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"python -m bench {options.command}: interrupted", file=sys.stderr)
         return 130
     except OSError as error:
-        from std_decode.output import NotWritten
+        from std_decode.app.output import NotWritten
 
         if not isinstance(error, NotWritten):
             raise

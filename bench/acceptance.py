@@ -189,8 +189,8 @@ def _bytes(model: Any) -> Table:
     """Of the weights a decoding step reads: the model's as it is, and as 4-bit twins have it."""
     from bench.models.build import weight_bytes
     from bench.models.dimensions import FOUR_BIT_BYTES
-    from std_decode import draft_weights
-    from std_decode.twins import Twins
+    from std_decode.weights import draft_weights
+    from std_decode.weights.twins import Twins
 
     twins = Twins(model)
     matrices = sum(twin.layer.weight.numel() for twin in twins.twins)

@@ -110,9 +110,9 @@ def _measure(
     options: argparse.Namespace, videos: list[str], progress: Any
 ) -> list[dict[str, Any]]:
     import std_decode
-    from std_decode.batch.run import answer_here
-    from std_decode.batch.videos import batches, estimate
-    from std_decode.batch.worker import Job, Row, Settings, Worker
+    from std_decode.app.batch.run import answer_here
+    from std_decode.app.batch.videos import batches, estimate
+    from std_decode.app.batch.worker import Job, Row, Settings, Worker
     from std_decode.demo.camera import TAGS
 
     draft_length = "auto" if options.draft_length is None else options.draft_length
@@ -159,7 +159,7 @@ def _measure(
 
 def _compare(video: str, draft_length: str) -> dict[str, Any]:
     """The row of an answer by `std-decode compare`."""
-    from std_decode import cli
+    from std_decode.app import main as cli
 
     with tempfile.TemporaryDirectory() as folder, redirect_stdout(io.StringIO()):
         figures = Path(folder) / "figures.json"
@@ -235,7 +235,7 @@ def _table(records: list[dict[str, Any]]) -> Any:
 def _write(out: Path, about: dict[str, Any], records: list[dict[str, Any]]) -> None:
     out.mkdir(parents=True, exist_ok=True)
     lines = [json.dumps(record) + "\n" for record in (about, *records)]
-    from std_decode.output import replace_file
+    from std_decode.app.output import replace_file
 
     replace_file(out / "batch.jsonl", "".join(lines).encode())
     rows = [_HEAD, ["---"] * len(_HEAD), *map(_cells, records)]

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from bench.assembly import Report, _tool, inspect
-from std_decode.output import replace_file
+from std_decode.app.output import replace_file
 from std_kernels import _tuning
 
 RESULTS = Path(__file__).parent / "results" / "compile.md"

@@ -16,7 +16,7 @@ from bench.arguments import between, new_parser
 from bench.environment import in_words
 from bench.models.dimensions import SHAPES
 from bench.records import markdown_table
-from std_decode.output import replace_file
+from std_decode.app.output import replace_file
 
 _HELP = """\
 Times generate with one new token, patched and unpatched: reading the prompt and choosing the
@@ -235,7 +235,8 @@ def _figures(spans: dict[str, list[float]], work: dict[str, list[float]] | None)
 def _parts(call: Callable[[], Any], device: Any) -> dict[str, float]:
     """Milliseconds that `call` spends in scoring and in selecting."""
     from bench.probes import replaced, seconds
-    from std_decode import attention, engine
+    from std_decode.model import attention
+    from std_decode.passes import engine
 
     spent = {"scoring": 0.0, "selecting": 0.0}
 

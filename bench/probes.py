@@ -102,7 +102,7 @@ def forced_drafts(planned: Tensor) -> Iterator[None]:
     The draft pass runs and its choice is made as always; then this one takes its place, at the
     price of a few tiny kernels.
     """
-    from std_decode.loop import Decoding
+    from std_decode.rounds.loop import Decoding
 
     def make(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def draft(self: Any, logits: Tensor, step: int) -> Tensor:
@@ -237,7 +237,7 @@ class Passes:
 
     @contextmanager
     def watch(self) -> Iterator[None]:
-        from std_decode.engine import Engine
+        from std_decode.passes.engine import Engine
 
         self._spans: list[tuple[str, int, Any, Any]] = []
         self._seen: dict[str, int] = {}

@@ -16,7 +16,7 @@ from bench.environment import in_words
 from bench.models import pretrained
 from bench.models.dimensions import SHAPES
 from bench.records import Journal, Record, file_of, markdown_table
-from std_decode.output import replace_file
+from std_decode.app.output import replace_file
 
 _HELP = """\
 Times decoding steps in half precision under each promise of patch(reproducible=...): a dense step

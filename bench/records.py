@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from std_decode.output import replace_file
+from std_decode.app.output import replace_file
 
 Record = dict[str, Any]
 # Of an environment: what differs from run to run.

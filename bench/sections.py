@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from std_decode.output import replace_file
+from std_decode.app.output import replace_file
 
 RELIABILITY = """\
 # Reliability

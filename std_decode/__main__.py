@@ -2,6 +2,6 @@
 
 import sys
 
-from std_decode.cli import main
+from std_decode.app.main import main
 
 sys.exit(main())

@@ -10,8 +10,8 @@ from typing import Any
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
-from std_decode.cache import CACHE, SparseToDenseCache
 from std_decode.generation import sample
+from std_decode.model.cache import CACHE, SparseToDenseCache
 from std_decode.stats import DecodeStats
 
 

@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from std_decode.media import Deadline, InputError, open_video
-from std_decode.packets import shown
-from std_decode.seeking import Index, decode_runs, read_index
+from std_decode.video.media import Deadline, InputError, open_video
+from std_decode.video.packets import shown
+from std_decode.video.seeking import Index, decode_runs, read_index
 
 # Decoded frames in memory come to 192 MiB at most, however long and large the video is.
 MOST_PIXELS = 2**26

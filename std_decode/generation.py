@@ -19,8 +19,7 @@ from transformers import (
 from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.generation.stopping_criteria import MaxLengthCriteria, StopStringCriteria
 
-from std_decode.cache import CACHE, MOST_NEW_TOKENS
-from std_decode.calls import (
+from std_decode.admission.calls import (
     fallback_reason,
     holes_first,
     lockstep_reason,
@@ -28,13 +27,14 @@ from std_decode.calls import (
     newest_run,
     prompt_parts,
 )
-from std_decode.cost import Workload
-from std_decode.engine import Engine
-from std_decode.lockstep import Lockstep
-from std_decode.ranks import lead, share_random_numbers
-from std_decode.rows import Ends, Rows
-from std_decode.sampling import Chooser, Drafter
-from std_decode.selection import plan_selection, visual_tokens
+from std_decode.costs.workload import Workload
+from std_decode.model.cache import CACHE, MOST_NEW_TOKENS
+from std_decode.model.selection import plan_selection, visual_tokens
+from std_decode.passes.engine import Engine
+from std_decode.rounds.lockstep import Lockstep
+from std_decode.rounds.ranks import lead, share_random_numbers
+from std_decode.rounds.rows import Ends, Rows
+from std_decode.rounds.sampling import Chooser, Drafter
 from std_decode.stats import DecodeStats, peak_memory_bytes
 
 NOISE_WINDOW = 32  # steps that a row may be ahead of the slowest one when sampling

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from std_decode.frames import Video
-from std_decode.media import InputError
+from std_decode.video.media import InputError
 
 _HUB = 'pip install "sparse-to-dense[hub]"'
 

@@ -28,9 +28,10 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
-from std_decode.cli import BadInput, drop_output
+from std_decode.app.main import BadInput, drop_output
 from std_decode.demo.video import VideoError
-from std_decode.inputs import InputError, auto_class, load_model as load_whole, one_line
+from std_decode.inputs import InputError, auto_class, one_line
+from std_decode.inputs import load_model as load_whole
 
 _START = "start it as: torchrun --nproc-per-node GPUS -m std_decode generate --tp ..."
 _VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")

@@ -13,16 +13,16 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from std_decode import classes
-from std_decode import draft_weights as weights
-from std_decode.attention import forget_passes
-from std_decode.bits import ROWS, Promises, Wanted, kind_of
-from std_decode.changes import Tried
-from std_decode.cost import Workload
-from std_decode.loop import Decoding
-from std_decode.policy import COMPILED_LENGTHS, LENGTHS, FixedLength, Policy
-from std_decode.pool import Engines
-from std_decode.selection import VisualMask
+from std_decode.admission.bits import ROWS, Promises, Wanted, kind_of
+from std_decode.admission.changes import Tried
+from std_decode.costs.workload import Workload
+from std_decode.model.attention import forget_passes
+from std_decode.model.selection import VisualMask
+from std_decode.passes.pool import Engines
+from std_decode.rounds.loop import Decoding
+from std_decode.rounds.policy import COMPILED_LENGTHS, LENGTHS, FixedLength, Policy
 from std_decode.stats import DecodeStats
+from std_decode.weights import draft_weights as weights
 
 MOST_DRAFTS = 63  # verification takes up to 64 tokens: the pending one and the drafts
 

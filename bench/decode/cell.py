@@ -17,7 +17,7 @@ import std_decode
 from bench import probes
 from bench.decode.tables import STATIC, UNPATCHED
 from bench.decode.timings import Timings, TooNoisy
-from std_decode import graphs
+from std_decode.passes import graphs
 
 NEAR_TIE = 1e-4  # of log-probability: in float32 rounding may decide below it, as in the tests
 # Seconds that the first use of what is compiled may take, and more for each layer: about twice

@@ -7,7 +7,7 @@ from typing import Any
 
 from bench.environment import in_words
 from bench.records import Journal, failure, file_of, markdown_table
-from std_decode.output import replace_file
+from std_decode.app.output import replace_file
 
 UNPATCHED, STATIC = "transformers generate", "transformers generate, static cache"
 DENSE, DRAFTS = "ours, dense", "ours, drafting"

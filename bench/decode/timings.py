@@ -16,7 +16,7 @@ from bench import probes
 from bench.decode.tables import Results
 from bench.models.build import draft_weight_bytes, kv_bytes_of, weight_bytes
 from bench.models.prompts import Prompt
-from std_decode import graphs
+from std_decode.passes import graphs
 
 LONG = 8.0  # seconds: once three runs took that long together, they are enough
 PROFILED = 8  # tokens of the calls whose kernels are counted

@@ -129,7 +129,7 @@ def _run(options: argparse.Namespace, clock: Callable[[], float], deadline: floa
     from bench.kernels import libraries, ops, rivals, tables
     from bench.kernels.results import Results
     from bench.kernels.runner import Runner
-    from std_decode.memory import free_memory
+    from std_decode.costs.memory import free_memory
 
     device = _device(options)
     kind = options.dtype or ("float32" if device.type == "cpu" else "bfloat16")

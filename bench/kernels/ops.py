@@ -16,7 +16,7 @@ import std_kernels as sk
 from bench.kernels import checks, rivals
 from bench.kernels.libraries import Rival, Tensors
 from bench.kernels.points import SCORING, TAIL, Point
-from std_decode import quantize
+from std_decode.weights import quantize
 
 # A rival may round where ours does not: what is further off than this computes something else.
 MOST_EXCESS = 4.0

@@ -7,7 +7,7 @@ from itertools import product
 from typing import NamedTuple
 
 from bench.models.dimensions import SHAPES, Shape
-from std_decode import quantize
+from std_decode.weights import quantize
 
 OPS = (
     "verify_attention",

@@ -10,7 +10,7 @@ from typing import Any
 
 from bench.kernels.results import Results
 from bench.records import Record
-from std_decode.output import replace_file
+from std_decode.app.output import replace_file
 
 HEADER = ("model", "op", "size", "what", "cold us", "p20", "p80", "graph us", "GB/s", "of copy",
           "ours takes", "note")  # fmt: skip

@@ -53,7 +53,7 @@ def as_graph(call: Call, device: Any) -> tuple[Call, str | None]:
     From Python a small op takes the host longer than the GPU: 60 to 98 us a call, of which
     clearing the cache hides 60 to 90.
     """
-    from std_decode import graphs
+    from std_decode.passes import graphs
 
     if graphs.spoiled is not None:
         return call, graphs.spoiled

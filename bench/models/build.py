@@ -11,9 +11,9 @@ import torch
 
 from bench.models.dimensions import SHAPES, Shape
 from std_decode import last_stats
-from std_decode.draft_weights import weights_of_step
-from std_decode.memory import free_memory
-from std_decode.twins import TwinnedLinear
+from std_decode.costs.memory import free_memory
+from std_decode.weights.draft_weights import weights_of_step
+from std_decode.weights.twins import TwinnedLinear
 
 _CLASSES = {
     "qwen2_vl": "Qwen2VL",

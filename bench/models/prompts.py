@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bench.probes import seconds
-from std_decode.cache import CACHE
+from std_decode.model.cache import CACHE
 
 SPECIAL = 8  # last ids of the vocabulary, which prompts leave to the visual placeholders
 QUICK = 1.0  # seconds: what takes less to read is read three times

@@ -65,7 +65,7 @@ def run(options: argparse.Namespace) -> int:
         return max(_check(path.name, pages[path], wanted[path]) for path in pages)
     for path, found in pages.items():
         if wanted[path] != found:
-            from std_decode.output import replace_file
+            from std_decode.app.output import replace_file
 
             replace_file(path, wanted[path].encode())
         print(f"{path}: {'rewritten' if wanted[path] != found else 'unchanged'}")

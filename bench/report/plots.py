@@ -10,7 +10,7 @@ from typing import Any
 
 from bench.environment import in_words
 from bench.records import Record, read
-from std_decode.output import new_figure, png, replace_file
+from std_decode.app.output import new_figure, png, replace_file
 
 _WIDTH, _HEIGHT = 4.4, 3.4
 Panel = Callable[[Any], None]

@@ -25,7 +25,7 @@ from bench.roofline.predictions import (
     fewest_gpus,
 )
 from bench.roofline.words import MODELS, WAYS, assumptions
-from std_decode.cost import Device
+from std_decode.costs.workload import Device
 
 
 def _lines(names: Iterable[str]) -> str:

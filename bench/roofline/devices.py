@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from std_decode.cost import Device
+from std_decode.costs.workload import Device
 
 GIB = 1 << 30
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from bench.models.dimensions import Shape
 from bench.roofline.devices import Gpu
-from std_decode.cost import Device, Workload, expected_tokens
+from std_decode.costs.workload import Device, Workload, expected_tokens
 
 MOST_DRAFTS = 63  # as patch(draft_length=...) takes
 MOST_CONTEXT, MOST_BATCH = 1 << 22, 1 << 12  # where a search for what pays ends

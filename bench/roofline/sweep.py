@@ -14,7 +14,7 @@ from bench.roofline.devices import GIB, GPUS
 from bench.roofline.predictions import USABLE
 from bench.roofline.tables import write
 from bench.roofline.words import WAYS, assumptions, in_words
-from std_decode.output import new_figure, png
+from std_decode.app.output import new_figure, png
 
 _CONTOURS: dict[float, Any] = {1.0: "solid", 1.5: "dashed", 2.0: "dotted"}
 _LEAST, _MOST = 0.5, 8.0  # where the colours end

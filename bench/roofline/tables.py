@@ -9,7 +9,7 @@ from typing import Any
 from bench.roofline.devices import GPUS
 from bench.roofline.predictions import MOST_BATCH, MOST_CONTEXT, USABLE
 from bench.roofline.words import PREDICTED, WAYS, command, gpu_in_words, in_words, model_in_words
-from std_decode.output import replace_file
+from std_decode.app.output import replace_file
 
 _HEAD = (
     "batch", "context", "GPUs", "what", "drafts", "ms/step", "tokens/step", "tokens/s", "speedup",

@@ -12,10 +12,10 @@ from transformers import DynamicCache
 import std_decode
 from bench.selection.rules import RULES
 from bench.selection.trials import following
-from std_decode.cache import CACHE
 from std_decode.demo import camera
 from std_decode.demo.model import VIDEO_TOKEN, generate_inputs, load_model, load_tokenizer
 from std_decode.demo.train import camera_noise
+from std_decode.model.cache import CACHE
 
 
 class Narrator:

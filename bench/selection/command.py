@@ -14,7 +14,7 @@ from typing import Any
 
 from bench.arguments import between, new_parser
 from bench.selection.rules import RULES, in_words
-from std_decode.output import replace_file
+from std_decode.app.output import replace_file
 
 _HELP = """\
 Measures how far each rule of re-selection carries drafts on the demo model: tokens per dense pass

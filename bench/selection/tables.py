@@ -12,7 +12,7 @@ from typing import Any
 from bench.roofline.tables import write
 from bench.selection.command import YARDSTICKS, command
 from bench.selection.rules import GROUPS, RULES, in_words
-from std_decode.output import new_figure, png
+from std_decode.app.output import new_figure, png
 
 Found = list[dict[str, Any]]
 Table = tuple[str, list[str], list[list[str]]]  # title, head, rows

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from bench.selection.rules import Rule
-from std_decode import attention, cache, pool
-from std_decode.engine import Engine
+from std_decode.model import attention, cache
+from std_decode.passes import pool
+from std_decode.passes.engine import Engine
 from std_kernels import verify_attention
 
 SLOW = 0.25  # weight of the newest round in the running mean of acceptance

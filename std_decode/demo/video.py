@@ -18,8 +18,8 @@ from std_decode.demo.camera import (
     Clip,
     draw_seconds,
 )
-from std_decode.media import Deadline, InputError, open_video
-from std_decode.packets import shown
+from std_decode.video.media import Deadline, InputError, open_video
+from std_decode.video.packets import shown
 
 SCALE = 4  # pixels of the file per pixel of the camera
 MOST_SECONDS = 4096  # 16,384 video tokens

@@ -6,7 +6,7 @@ import pytest
 
 from bench.__main__ import main
 from bench.batch import _records
-from std_decode.batch.worker import Worker
+from std_decode.app.batch.worker import Worker
 
 QUICK = ["batch", "--clips", "3", "--seconds", "6", "14", "--batch-sizes", "1", "3"]
 

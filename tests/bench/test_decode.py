@@ -16,9 +16,9 @@ from bench.decode import cell, tables
 from bench.decode import command as decode
 from bench.models import build, prompts
 from bench.models.dimensions import SHAPES, Shape
-from std_decode import graphs
-from std_decode.cache import SparseToDenseCache
-from std_decode.loop import Decoding
+from std_decode.model.cache import SparseToDenseCache
+from std_decode.passes import graphs
+from std_decode.rounds.loop import Decoding
 
 CPU = torch.device("cpu")
 WAYS = {

@@ -6,7 +6,7 @@ import torch
 from bench.__main__ import main
 from bench.exactness import measure as exactness
 from bench.sections import write_section
-from std_decode.rows import Rows
+from std_decode.rounds.rows import Rows
 
 QUICK = ["exactness", "--prompts", "1", "--seconds", "16"]
 

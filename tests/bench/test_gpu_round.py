@@ -123,7 +123,9 @@ def test_what_drafting_gains_is_asked_where_it_should_and_fits():
 def test_only_files_with_gpu_tests_are_collected():
     """The others need packages that a GPU machine may lack: one that fails to import ends all."""
     files = [name for name in parts._tests() if name.endswith(".py")]
-    assert "tests/kernels/test_gpu.py" in files and "tests/decode/test_quantize.py" in files
+    assert (
+        "tests/kernels/test_gpu.py" in files and "tests/decode/weights/test_quantize.py" in files
+    )
     assert 3 <= len(files) <= 8 and not any("reliability" in name for name in files)
     for name in files:
         source = (environment.ROOT / name).read_text()

@@ -5,7 +5,7 @@ import torch
 
 from bench import promises, records
 from bench.__main__ import main
-from std_decode import alone
+from std_decode.model import alone
 
 TINY = ["promises", "--models", "tiny", "--device", "cpu", "--tokens", "40", "--new", "12"]
 
@@ -43,7 +43,7 @@ def test_a_promise_that_is_not_kept_is_told(bench, monkeypatch):
         return plain(attending, rows, token, length).roll(token, -1)
 
     monkeypatch.setattr(alone, "_one", other)
-    monkeypatch.setattr("std_decode.bits.unlike_unpatched", lambda *_: None)
+    monkeypatch.setattr("std_decode.admission.bits.unlike_unpatched", lambda *_: None)
     torch.manual_seed(0)
     status, (record,), text = bench("--dtypes", "bfloat16")
     assert status == 1 and record["kept"] == {"one shape": True, "unpatched bits": False}

@@ -19,7 +19,7 @@ from bench.models.dimensions import FOUR_BIT_BYTES, SHAPES, Shape
 from bench.roofline import sweep
 from bench.roofline.devices import GIB, GPUS, named
 from bench.roofline.predictions import Cell
-from std_decode.cost import Device
+from std_decode.costs.workload import Device
 
 RESULTS = Path(__file__).parents[2] / "bench" / "results"
 # Qwen2-VL-7B: what a step reads of the weights, a 4-bit draft of them, a cached token.

@@ -9,10 +9,11 @@ from bench.__main__ import main
 from bench.selection.clips import Narrator
 from bench.selection.rules import RULES
 from bench.selection.trials import _Layer, _verify_with_rows, following
-from std_decode import attention, cache, pool
-from std_decode.cache import BufferLayer
 from std_decode.demo.model import FOLDER
-from std_decode.engine import Engine
+from std_decode.model import attention, cache
+from std_decode.model.cache import BufferLayer
+from std_decode.passes import pool
+from std_decode.passes.engine import Engine
 from std_kernels import verify_attention, verify_attention_with_scores
 
 LIBRARY = (attention.verify_attention_with_scores, cache.BufferLayer, pool.Engine)

@@ -9,7 +9,7 @@ import torch
 from bench.kernels import ops, timing
 from bench.kernels.runner import Runner
 from bench.tune.command import Lab
-from std_decode import graphs
+from std_decode.passes import graphs
 
 DEVICE = torch.device("cuda", 1)
 # Microseconds, of the host and of the GPU.

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import std_decode
-from std_decode import engine, graphs, pool
+from std_decode.passes import engine, graphs, pool
 from tests.decode.families import FAMILIES, PAD, TEXT, VOCABULARY
 from tests.decode.margin import behind_best, near_ties
 from tests.decode.recorder import Recording

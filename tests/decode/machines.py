@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from std_decode.policy import LENGTHS
+from std_decode.rounds.policy import LENGTHS
 
 Slowed = tuple[float, float, float]  # dense steps, draft steps, verifications: times as long
 IDLE: Slowed = (1.0, 1.0, 1.0)

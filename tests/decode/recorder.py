@@ -72,7 +72,7 @@ class Recorder(TorchDispatchMode):
 
 
 class Recording:
-    """`std_decode.graphs.capture`, and an account of what it was used for."""
+    """`std_decode.passes.graphs.capture`, and an account of what it was used for."""
 
     def __init__(self):
         self.captures = self.replays = 0

@@ -9,9 +9,9 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from std_decode.cache import CACHE, SparseToDenseCache
-from std_decode.eligibility import attention_layers
-from std_decode.engine import Engine
+from std_decode.admission.eligibility import attention_layers
+from std_decode.model.cache import CACHE, SparseToDenseCache
+from std_decode.passes.engine import Engine
 from std_decode.stats import DecodeStats
 
 PROMPT, READ = 60, 32  # tokens of the prompt, and of a text that is fed on from it

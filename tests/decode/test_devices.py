@@ -15,9 +15,9 @@ from transformers import (
 )
 
 import std_decode
-from std_decode.cache import SparseToDenseCache
-from std_decode.engine import Engine
-from std_decode.selection import Selection
+from std_decode.model.cache import SparseToDenseCache
+from std_decode.model.selection import Selection
+from std_decode.passes.engine import Engine
 from std_decode.stats import DecodeStats
 from tests.decode.families import TEXT
 

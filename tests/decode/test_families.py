@@ -9,7 +9,7 @@ from packaging.version import Version
 
 import std_decode
 from std_decode import generation
-from std_decode.loop import Decoding
+from std_decode.rounds.loop import Decoding
 from tests.decode.families import FAMILIES, IMAGE, VIDEO
 from tests.decode.families.table import in_text, table
 

@@ -5,7 +5,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 import std_decode
-from std_decode import graphs
+from std_decode.passes import graphs
 
 pytestmark = pytest.mark.gpu
 FAMILIES = ("qwen2_vl", "llava_onevision", "llama", "gemma3")

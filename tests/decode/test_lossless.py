@@ -5,10 +5,10 @@ import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 import std_decode
-from std_decode import engine
-from std_decode.engine import Engine
-from std_decode.lockstep import Lockstep
-from std_decode.rows import Rows
+from std_decode.passes import engine
+from std_decode.passes.engine import Engine
+from std_decode.rounds.lockstep import Lockstep
+from std_decode.rounds.rows import Rows
 
 DRAFT_LENGTHS = (0, 1, 4, 7)
 EVERY_KEY = 10_000
@@ -71,9 +71,9 @@ def test_static_and_renewed_selection_agree(make_case):
 
 
 def test_buffers_grow_when_the_answer_is_longer_than_was_made_room_for(make_case, monkeypatch):
-    monkeypatch.setattr("std_decode.cache.BUCKET", 16)
+    monkeypatch.setattr("std_decode.model.cache.BUCKET", 16)
     monkeypatch.setattr("std_decode.generation.MOST_NEW_TOKENS", 4)
-    monkeypatch.setattr("std_decode.rows.MOST_NEW_TOKENS", 4)
+    monkeypatch.setattr("std_decode.rounds.rows.MOST_NEW_TOKENS", 4)
     case = make_case("qwen2_vl", 1, max_new_tokens=80)
     expected = case.generate()
     with std_decode.patched(case.model, draft_length=4, top_k_keys=EVERY_KEY):

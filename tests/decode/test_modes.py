@@ -14,7 +14,7 @@ from transformers import (
 )
 
 import std_decode
-from std_decode.loop import Decoding
+from std_decode.rounds.loop import Decoding
 from tests.decode.observers import Streams, Watches
 
 PATCH = dict(draft_length=4, top_k_keys=6)

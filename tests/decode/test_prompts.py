@@ -4,8 +4,8 @@ import pytest
 import torch
 
 import std_decode
-from std_decode import attention
-from std_decode.engine import Engine
+from std_decode.model import attention
+from std_decode.passes.engine import Engine
 from tests.decode.rules import rules
 
 VIDEO, IMAGE, VISION_START, VISION_END, PAD = 101, 102, 103, 104, 0  # as in the models' configs
@@ -157,7 +157,7 @@ def test_layout(layout_case, monkeypatch, family, layout):
     case = layout_case(family, layout)
     caps = {}
     if layout.startswith("long"):  # in place of thousands of tokens
-        monkeypatch.setattr("std_decode.selection.MOST_KEPT_TEXT", 8)
+        monkeypatch.setattr("std_decode.model.selection.MOST_KEPT_TEXT", 8)
         caps = dict(most_text=8)
     for do_sample in (False, True):
         expected = case.generate(do_sample=do_sample)

@@ -8,7 +8,7 @@ import transformers
 from transformers import LlamaForCausalLM
 
 import std_decode
-from std_decode.eligibility import SUPPORTED
+from std_decode.admission.eligibility import SUPPORTED
 from tests.decode.survey.__main__ import main, names, outcome_of
 from tests.decode.survey.ask import FAULT, IDENTICAL, NOT_BUILT, REFUSED, UNPATCHED, Outcome, ask
 from tests.decode.survey.build import built
@@ -64,7 +64,7 @@ def tiny_llama():
 
 def test_other_tokens_are_a_fault(monkeypatch):
     """A key that verification scales by a twentieth too much is seen."""
-    from std_decode import attention
+    from std_decode.model import attention
 
     model, patch = tiny_llama(), std_decode.patch
     ops = ("verify_attention", "verify_attention_with_scores")

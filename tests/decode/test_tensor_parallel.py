@@ -14,7 +14,7 @@ from transformers import GPT2Config
 
 import std_decode
 from std_decode import parallel
-from std_decode.cli import BadInput
+from std_decode.app.main import BadInput
 from std_decode.demo.video import VideoError
 from std_decode.inputs import InputError
 
@@ -25,7 +25,7 @@ SCRIPT = """
     from transformers import LlamaForCausalLM
     from transformers.distributed import DistributedConfig
     import std_decode
-    from std_decode.policy import DraftLength
+    from std_decode.rounds.policy import DraftLength
 
     folder = sys.argv[1]
     dist.init_process_group("gloo")
@@ -60,7 +60,7 @@ PAIRS = """
     import torch
     import torch.distributed as dist
     from types import SimpleNamespace
-    from std_decode.ranks import lead
+    from std_decode.rounds.ranks import lead
 
     dist.init_process_group("gloo")
     rank = dist.get_rank()
@@ -85,9 +85,9 @@ TIMES = """
     import torch
     import torch.distributed as dist
     from types import SimpleNamespace
-    from std_decode.cost import Workload
-    from std_decode.policy import Policy
-    from std_decode.ranks import lead
+    from std_decode.costs.workload import Workload
+    from std_decode.rounds.policy import Policy
+    from std_decode.rounds.ranks import lead
 
     dist.init_process_group("gloo")
     rank = dist.get_rank()
@@ -115,7 +115,7 @@ FAMILY = """
     from transformers import StoppingCriteria
     import std_decode
     from std_decode import parallel
-    from std_decode.policy import DraftLength
+    from std_decode.rounds.policy import DraftLength
 
     class Never(StoppingCriteria):
         def __call__(self, input_ids, scores, **kwargs):

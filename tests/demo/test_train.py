@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 import torch
-
 from torch.nn.functional import scaled_dot_product_attention as attend
 from transformers import Qwen2VLForConditionalGeneration
 

@@ -13,10 +13,10 @@ import torch
 
 import std_decode
 import std_kernels
-from std_decode import cli
-from std_decode.commands import arguments
+from std_decode.app import arguments
+from std_decode.app import main as cli
 from std_decode.demo.model import generate_inputs, load_model, load_tokenizer
-from tests.commands import tiny
+from tests.app import tiny
 from tests.demo import tiny_qwen
 
 ROOT = Path(__file__).parents[2]
@@ -110,7 +110,7 @@ def test_every_example_runs_without_a_download(name, tmp_path):
 
 @pytest.mark.parametrize("name", ["patch_a_model.py", "second_question.py"])
 def test_an_example_takes_a_model_of_the_reader_s(name, tmp_path, filmed_for_docs):
-    save = "import sys\nfrom pathlib import Path\nfrom tests.commands import tiny\n"
+    save = "import sys\nfrom pathlib import Path\nfrom tests.app import tiny\n"
     save += "tiny.save_llava(Path(sys.argv[1]))"
     done = tiny_qwen.run(save, tmp_path / "m", cwd=tmp_path)
     assert done.returncode == 0, done.stderr

@@ -107,7 +107,7 @@ def run(options: argparse.Namespace) -> int:
 
     import std_decode
     from bench.sections import about
-    from std_decode.rows import Rows
+    from std_decode.rounds.rows import Rows
     from tests.reliability import report
     from tests.reliability.lossless import quiet
 

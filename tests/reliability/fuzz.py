@@ -98,7 +98,7 @@ def read(path: Path) -> dict[str, str]:
     """What each reader makes of it: "clip", "error: ...", or "bug: ..."."""
     from std_decode.demo import video
     from std_decode.frames import read_video
-    from std_decode.media import InputError
+    from std_decode.video.media import InputError
 
     found = {}
     for name, reader in (("inputs", lambda: read_video(path, 8).frames),

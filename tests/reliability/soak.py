@@ -147,7 +147,7 @@ def _call(model: Any, inputs: dict, draw: random.Random) -> None:
 
 
 def _stand_in(stack: ExitStack) -> None:
-    from std_decode import graphs, pool
+    from std_decode.passes import graphs, pool
     from tests.decode.recorder import Recording
 
     patched = mock.patch.object
@@ -193,7 +193,7 @@ def quarters(looks: list[Look], name: str) -> tuple[float, float]:
 
 def grown(looks: list[Look]) -> list[str]:
     """What grew that must not, in words."""
-    from std_decode.graphs import MOST_GRAPHS
+    from std_decode.passes.graphs import MOST_GRAPHS
 
     found = []
     for name, allowed in (("resident", 24 << 20), ("device", 1 << 20), ("tensors", 4),

@@ -4,11 +4,19 @@ import pytest
 import torch
 
 import std_decode
-from std_decode.loop import Decoding
-from std_decode.rows import Rows
-from std_decode.noise import Noise
+from std_decode.rounds.loop import Decoding
+from std_decode.rounds.noise import Noise
+from std_decode.rounds.rows import Rows
 from tests.reliability.draws import (
-    DRAWS, KINDS, PATCH, VOCABULARY, believing, draw, exact, make_model, p_value,
+    DRAWS,
+    KINDS,
+    PATCH,
+    VOCABULARY,
+    believing,
+    draw,
+    exact,
+    make_model,
+    p_value,
 )  # fmt: skip
 
 

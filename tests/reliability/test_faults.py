@@ -13,8 +13,10 @@ from transformers import DynamicCache, LogitsProcessorList, StoppingCriteriaList
 from transformers.cache_utils import DynamicLayer
 
 import std_decode
-from std_decode import attention, cache, engine, quantize
-from std_decode.engine import Engine
+from std_decode.model import attention, cache
+from std_decode.passes import engine
+from std_decode.passes.engine import Engine
+from std_decode.weights import quantize
 from tests.decode.observers import Streams, Watches, interposed
 from tests.reliability.trials import Listens
 
@@ -74,7 +76,7 @@ def fails_at(call, error, function):
 
 
 def test_out_of_memory_while_capturing(survives, recording, monkeypatch):
-    from std_decode import graphs
+    from std_decode.passes import graphs
 
     monkeypatch.setattr(graphs, "capture", fails_at(2, NO_MEMORY, graphs.capture))
     with pytest.warns(UserWarning, match="could not be captured .CUDA out of memory"):
@@ -93,7 +95,7 @@ def test_out_of_memory_while_quantising(make_case, monkeypatch, where):
         if where == "patch":
             patches.setattr(quantize, "quantize", fails_at(3, NO_MEMORY, quantize.quantize))
         else:
-            from std_decode.draft_weights import DraftWeights
+            from std_decode.weights.draft_weights import DraftWeights
 
             patches.setattr(DraftWeights, "attach", fails_at(1, NO_MEMORY, DraftWeights.attach))
         with pytest.raises(torch.OutOfMemoryError):

@@ -10,13 +10,14 @@ from pathlib import Path
 import av
 import pytest
 
-from std_decode import cli, media
+from std_decode.app import main as cli
+from std_decode.app.output import replace_file
 from std_decode.demo import video
 from std_decode.frames import read_video
-from std_decode.media import InputError
-from std_decode.output import replace_file
-from tests.decode.test_inputs import film
+from std_decode.video import media
+from std_decode.video.media import InputError
 from tests.reliability.fuzz import damaged, fuzz, make_files
+from tests.video.test_frames import film
 
 
 def both(path):
@@ -62,7 +63,7 @@ def test_500_mutated_files():
 def test_the_fuzzer_sees(monkeypatch, tmp_path, fault, words):
     """A reader that fails in this way, put in its place in the process that reads."""
     (tmp_path / "sitecustomize.py").write_text(
-        "from std_decode import frames, media\n"
+        "from std_decode import frames\nfrom std_decode.video import media\n"
         f"def read_video(path, frames):\n    {fault}\n"
         "frames.read_video = read_video\n"
     )
@@ -230,7 +231,7 @@ def test_limits(tmp_path, monkeypatch):
             patches.setattr(owner, name, value)
             results = both(path)
         assert all(words in result for result in results)
-    monkeypatch.setattr("std_decode.packets.MOST_PACKETS", 59)
+    monkeypatch.setattr("std_decode.video.packets.MOST_PACKETS", 59)
     assert all("more than 59 frames" in result for result in both(path))
 
 
@@ -255,7 +256,11 @@ def test_nothing_is_written_in_place():
          "--include=*.py", "std_decode", "bench"],
         capture_output=True, text=True, cwd=root,
     ).stdout.splitlines()  # fmt: skip
-    known = ("std_decode/output.py", "std_decode/twin_cache.py", "std_decode/demo/train.py")
+    known = (
+        "std_decode/app/output.py",
+        "std_decode/weights/twin_cache.py",
+        "std_decode/demo/train.py",
+    )
     # Clips go to a temporary folder, a subprocess's log is a stream.
     streams = ("std_decode/demo/video.py", "bench/gpu/command.py")
     others = [line for line in found if not line.startswith((*known, *streams))]

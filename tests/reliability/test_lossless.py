@@ -2,7 +2,7 @@
 
 import pytest
 
-from std_decode.rows import Rows
+from std_decode.rounds.rows import Rows
 from tests.reliability.lossless import SHARD, cases, quiet
 from tests.reliability.trials import TEXTUAL, VISUAL
 

@@ -6,9 +6,10 @@ import pytest
 import torch
 
 import std_decode
-from std_decode import attention, cache, pool
-from std_decode.engine import Engine
-from std_decode.selection import plan_selection
+from std_decode.model import attention, cache
+from std_decode.model.selection import plan_selection
+from std_decode.passes import pool
+from std_decode.passes.engine import Engine
 from tests.reliability.trials import BASE, QWEN, TEXTUAL, VISUAL, run
 
 PATCH = dict(draft_length=4, top_k_keys=8)

@@ -4,7 +4,7 @@ from collections import Counter
 
 import pytest
 
-from std_decode import changes, eligibility
+from std_decode.admission import changes, eligibility
 from tests.reliability.lossless import quiet
 from tests.reliability.replaced import CHANGES, case
 

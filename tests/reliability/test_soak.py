@@ -2,9 +2,9 @@
 
 import pytest
 
-from std_decode import graphs
-from std_decode.engine import Engine
-from std_decode.pool import Engines
+from std_decode.passes import graphs
+from std_decode.passes.engine import Engine
+from std_decode.passes.pool import Engines
 from tests.reliability.lossless import quiet
 from tests.reliability.soak import grown, soak
 

@@ -16,9 +16,11 @@ from torch import Tensor
 from transformers import LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 import std_decode
-from std_decode import cache, engine, generation, graphs, pool
-from std_decode import rows as rows_module
-from std_decode.policy import FixedLength
+from std_decode import generation
+from std_decode.model import cache
+from std_decode.passes import engine, graphs, pool
+from std_decode.rounds import rows as rows_module
+from std_decode.rounds.policy import FixedLength
 from tests.decode.families import FAMILIES, IMAGE, PAD, TEXT, VIDEO, VISION_END, VISION_START
 from tests.decode.margin import behind_best, near_ties
 from tests.decode.observers import Streams, Watches

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import std_decode
-from std_decode.eligibility import SUPPORTED
+from std_decode.admission.eligibility import SUPPORTED
 from tests.decode.conftest import Case
 from tests.decode.survey.build import PAD, note_on
 

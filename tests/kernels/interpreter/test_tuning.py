@@ -5,11 +5,11 @@ import math
 import pytest
 import torch
 
-from bench.tune import command as tune
-from bench.tune import search as tune_search
+from bench.kernels.ops import Inputs
 from bench.kernels.points import Point
 from bench.kernels.results import Results
-from bench.kernels.ops import Inputs
+from bench.tune import command as tune
+from bench.tune import search as tune_search
 from bench.tune.search import ANY, FLOAT, HALF, Subject
 
 POINTS = {

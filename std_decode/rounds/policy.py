@@ -1,0 +1,339 @@
+"""How many tokens a round drafts: `DraftLength` weighs it up from what passes took.
+
+It goes by how many drafts agreed, too, and does without drafts where they lose. What a round
+drafts never changes the tokens, only the time.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from statistics import median
+from typing import Any
+
+from std_decode.costs.times import UNSTRAINED, Round, Times, odd
+from std_decode.costs.workload import Device, Workload, expected_tokens
+
+# The draft lengths that are tried. Each is a shape of its own to capture, and the best of these is
+# never far behind the best of all.
+LENGTHS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
+# Where each shape is compiled as well, which takes a minute or so, two have to do. The better one
+# comes to 98% of the speed of the best of all on average, to 91% at worst: drafts at 0.1 to 0.7 of
+# a dense step, 0.5 to 0.95 of them accepted, 1% of a dense step for each token more to verify.
+COMPILED_LENGTHS = (2, 8)
+SUPPOSED = 0.8  # acceptance, before anything was drafted,
+SUPPOSED_DRAFTS = 6.0  # and how many drafts' worth that supposition is
+MEMORY = 0.96  # weight that is left to a round's drafts after one more round,
+STALE = 0.995  # and after a dense step: what is not seen is not known for long,
+FAINT = 1e-6  # drafts' worth, of which no more is forgotten
+WORTH = 1.04  # drafting has to gain this much
+HOPED = 0.95  # acceptance at which it would have to, for a trial,
+RISK = 0.02  # of the time so far may be lost by trying drafts out,
+ONE_ROUND = 3.0  # or this many dense steps' worth, of which no answer is spared
+CREDIT = 10.0  # dense steps' worth, of what drafts gained, that may be lost where the text changes
+FEW = 3  # dense steps that have to be timed before anything is compared with them,
+REFRESH = 48  # and rounds after which one is timed again,
+SOON = 6  # or where the newest few differ,
+ALIKE = 1.1  # by more than this factor
+LOOK = 8  # dense steps from one weighing up to the next, while it comes to no drafts
+FIRST = 16  # tokens before the first trial: right after a prompt all steps are slow
+PAUSE = 64  # dense steps between two trials at first; twice as many after each
+
+
+class FixedLength:
+    """A policy that always drafts as many tokens, and the same for one generate call."""
+
+    def __init__(self, gamma: int):
+        self.most = self.gamma = gamma
+
+    def begin(self, *call: Any) -> FixedLength:
+        return self
+
+    def choose(self, rows: Sequence[int]) -> int:
+        return self.gamma
+
+    def observe(self, *measured: Any) -> None:
+        pass
+
+    def end(self) -> None:
+        pass
+
+
+class Policy:
+    """What the draft lengths of a patched model's calls go by, kept from call to call.
+
+    Args:
+        lengths: that may be chosen, besides none.
+    """
+
+    def __init__(self, lengths: Sequence[int] = LENGTHS):
+        self.lengths = tuple(lengths)
+        self.most = max(lengths)
+        self.times: dict[tuple[int, int, int | None], Times] = {}
+        self.draft_times: dict[int, deque[float]] = {}
+        self.acceptance = SUPPOSED
+        self.behind = 0.0  # dense steps' worth; negative: what calls left of what they may lose
+
+    def begin(
+        self,
+        workload: Workload,
+        rows: int,
+        settle: Callable[[int], int] = lambda gamma: gamma,
+        most: int | None = None,
+    ) -> DraftLength:
+        """For one generate call.
+
+        Args:
+            workload: its decoding steps; before a draft step is measured, what a draft step
+                reads of what a dense one does tells how long it takes.
+            rows: that advance by their own acceptance; 1 where all advance by the smallest.
+            settle: what is drafted where this process would draft so many; ranks that share a
+                model have to do the same.
+            most: tokens that a pass of this call has room for; None: any.
+        """
+        batch, context = workload.batch, workload.context.bit_length()
+        times = self.times.setdefault((batch, context, most), Times())
+        # A draft step takes as long after any prompt.
+        times.draft = self.draft_times.setdefault(batch, times.draft)
+        memory_bound = Device(1.0, float("inf"))
+        ratio = workload.draft_seconds(memory_bound) / workload.dense_seconds(memory_bound)
+        lengths = [gamma for gamma in self.lengths if most is None or gamma <= most]
+        return DraftLength(self, times, rows, ratio, settle, lengths)
+
+
+class DraftLength:
+    """Chooses the draft length of each round of a generate call.
+
+    The first few steps are dense, unless such steps have been timed before. Then each
+    round drafts as many tokens as promise the most tokens a second, or none. Where drafts seem to
+    lose they are tried again, rarely, as long as all such trials together cost little.
+
+    Other work on the machine slows passes, and not all kinds alike, so drafts are weighed against
+    dense steps of about the same moment: some are timed in between, one at once after a round that
+    took what none should.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        times: Times,
+        rows: int,
+        draft_ratio: float,
+        settle: Callable[[int], int],
+        lengths: Sequence[int],
+    ):
+        self.policy, self.times, self.settle = policy, times, settle
+        self.lengths = lengths  # that may be chosen, besides none
+        self.draft_ratio = draft_ratio
+        self.agreed = [SUPPOSED_DRAFTS * policy.acceptance] * rows
+        self.tried = [SUPPOSED_DRAFTS] * rows
+        self.length = 0  # of the newest round
+        # Rounds; what an earlier call timed is soon timed again.
+        self.since_dense = REFRESH - SOON if times.dense else 0
+        self.steps = 0.0  # tokens a row has got,
+        self.behind = policy.behind  # and dense steps' worth of time that it took more than those
+        # What took too long or too short, to be believed if it is so again.
+        self.doubted: Round | None = None
+        self.doubted_dense: float | None = None
+        # Dense steps' worth that was lost so, and rounds; each may take as much more on average.
+        self.hiccups, self.rounds = 0.0, UNSTRAINED
+        self.next_trial, self.pause = float(FIRST), float(PAUSE)
+        self.trying = False
+        self.next_look = 0.0
+
+    def choose(self, rows: Sequence[int]) -> int:
+        """Tokens to draft in the next round; `rows` are those that still need tokens."""
+        self.trying = False
+        newest = list(self.times.dense)[-FEW:]
+        alike = len(newest) == FEW and max(newest) <= ALIKE * min(newest)
+        measure = len(newest) < FEW or self.since_dense >= (REFRESH if alike else SOON)
+        if measure or self.doubted_dense is not None or self.steps < self.next_look:
+            return self.settle(0)
+        best = self._best(rows)
+        if best == 0:  # little is learnt from a dense step, and to weigh up takes time
+            self.next_look = self.steps + LOOK
+        return self.settle(best)
+
+    def _best(self, rows: Sequence[int]) -> int:
+        dense, lengths = median(self.times.dense), self._within_reach()
+        hiccups = self.hiccups / self.rounds
+        cost = {g: s / dense + hiccups for g, s in zip(lengths, self._seconds(lengths))}
+        worth = {g: self._tokens(g, rows) / cost[g] for g in cost} | {0: 1.0}
+        if self.length in worth:
+            worth[self.length] *= WORTH  # do not waver
+        allowed = max(RISK * self.steps, ONE_ROUND)
+        # Those that could be paid for if no draft agreed.
+        paid = [g for g in lengths if self.behind + cost[g] - 1 <= allowed]
+        best = max((0, *paid), key=lambda g: worth[g])
+        if best:
+            return best
+        if self.steps < self.next_trial or not paid:
+            return 0
+        # Try again: what could pay if nearly every draft agreed, or else the shortest, for drafts
+        # may take less by now.
+        self.trying = True
+        hopeful = [g for g in paid if expected_tokens(HOPED, g) / cost[g] > WORTH]
+        return hopeful[-1] if hopeful and self.times.draft else paid[0]
+
+    def _within_reach(self) -> Sequence[int]:
+        """Lengths that are no leap in the dark: to the square of the most tokens yet verified."""
+        lengths, most = self.lengths, max(list(self.times.verify), default=1)
+        if self.doubted is not None and all(self._odd(self.doubted)):
+            return lengths[:1]  # it may take as much again
+        return lengths[: 1 + sum(gamma < most**2 for gamma in lengths)]
+
+    def _draft(self) -> float:
+        """Seconds of a draft step."""
+        if known := list(self.times.draft):
+            return median(known)
+        return self.draft_ratio * median(self.times.dense) if self.times.dense else math.inf
+
+    def _rest(self, gamma: int) -> float:
+        """Seconds of what else a round with so many drafts takes; infinite if nothing is known."""
+        return self.times.verify_seconds([gamma + 1])[0] if self.times.dense else math.inf
+
+    def _seconds(self, lengths: Sequence[int]) -> list[float]:
+        """Of rounds that draft so many tokens each."""
+        draft = self._draft()
+        verify = self.times.verify_seconds([gamma + 1 for gamma in lengths])
+        # What slows passes at random is in an average, of draft steps, but not in a median.
+        draft /= self.times.strain
+        return [gamma * draft + seconds for gamma, seconds in zip(lengths, verify)]
+
+    def _tokens(self, gamma: int, rows: Sequence[int]) -> float:
+        """That a row may expect of a round, on average over `rows`."""
+        chances = [self.agreed[row] / self.tried[row] for row in rows]
+        return sum(expected_tokens(chance, gamma) for chance in chances) / len(chances)
+
+    def observe(
+        self,
+        gamma: int,
+        agreed: Mapping[int, int],
+        draft: float,
+        rest: float,
+        tokens: float,
+        first_use: bool = False,
+    ) -> None:
+        """Learn from a round.
+
+        Args:
+            gamma: what it drafted.
+            agreed: by row, how many drafts agreed.
+            draft, rest: seconds of all draft steps, and of everything else.
+            tokens: that a row got, on average.
+            first_use: whether something was compiled or captured in between, so that the seconds
+                tell nothing of rounds to come.
+        """
+        self.length, self.since_dense = gamma, self.since_dense + 1
+        self.steps += tokens
+        if gamma == 0:
+            self.since_dense = 0
+            keep = STALE if min(self.tried) > FAINT else 1.0
+            self.agreed = [keep * x for x in self.agreed]
+            self.tried = [keep * x for x in self.tried]
+            if not first_use:
+                self._learn_dense(rest)
+            return
+        for row, count in agreed.items():
+            self.agreed[row] = MEMORY * self.agreed[row] + count
+            # Drafts after the first that does not agree tell nothing.
+            self.tried[row] = MEMORY * self.tried[row] + min(count + 1, gamma)
+        if first_use:
+            # Capturing is for later rounds too, so what it took is not held against this one.
+            self._bill(Round(gamma, gamma * self._draft(), self._rest(gamma), tokens))
+            return
+        self._learn(Round(gamma, draft, rest, tokens))
+        if self.trying and self.doubted is None:  # else again: its time is not known yet
+            self.next_trial = self.steps + self.pause
+            self.pause *= 2
+
+    def _learn_dense(self, seconds: float) -> None:
+        times, before = self.times, self.doubted_dense
+        self.doubted_dense = None
+        if len(times.dense) < FEW:
+            times.dense.append(seconds)
+            return
+        known = median(times.dense)
+        if not odd(seconds, known):
+            for each in (seconds, before):
+                if each is not None:
+                    times.strained(each / known)
+            times.dense.append(seconds)
+            # It is not the machine. Where no draft was timed before, one such round is enough.
+            if self.doubted is not None and not times.draft and all(self._odd(self.doubted)):
+                doubted, self.doubted = self.doubted, None
+                self._time(doubted)
+        elif before is None or (before > known) != (seconds > known):
+            self.doubted_dense = seconds
+        else:
+            self._dense_changed(before, seconds)
+
+    def _dense_changed(self, *seconds: float) -> None:
+        times = self.times
+        known = median(times.dense)
+        times.dense = deque(seconds, times.dense.maxlen)
+        # Where the machine is slower, drafts are taken to be so too until they are timed; where it
+        # is faster, they may pay that did not.
+        if median(seconds) > known:
+            times.slow_drafts(median(seconds) / known)
+        else:
+            times.forget_drafts()
+        if self.doubted is not None:
+            doubted, self.doubted = self.doubted, None
+            self._learn(doubted)
+
+    def _odd(self, round: Round) -> tuple[bool, bool]:
+        """Whether its drafts, and what else it did, took what they should not.
+
+        Both do where the machine has changed, one where something just got in between.
+        """
+        if not self.times.dense:
+            return False, False
+        draft = odd(round.draft, round.gamma * self._draft())
+        return draft, odd(round.rest, self._rest(round.gamma))
+
+    def _learn(self, round: Round) -> None:
+        before, self.doubted = self.doubted, None
+        draft, rest = self._odd(round)
+        if not rest and not (draft and self.times.draft):
+            if before is not None:  # something else went on, which may be so again
+                lost = max(0.0, self._lost(before))
+                self.hiccups += lost
+                self.behind = max(self.behind, min(0.0, self.behind + lost))
+                self.times.draft.append(before.draft / before.gamma)
+            self._time(round)
+        elif before is not None:
+            if draft and rest:
+                self.times.forget_drafts()
+            self._time(before)
+            self._time(round)
+        else:
+            self.doubted = round
+            stalled = rest and not draft and round.rest > self._rest(round.gamma)
+            if not stalled:  # a dense step tells whether it is the machine
+                self.since_dense = REFRESH
+
+    def _time(self, round: Round) -> None:
+        times = self.times
+        times.draft.append(round.draft / round.gamma)
+        times.verify.setdefault(round.gamma + 1, deque(maxlen=5)).append(round.rest)
+        self._bill(round)
+
+    def _lost(self, round: Round) -> float:
+        """Dense steps' worth that it took more than dense steps."""
+        cost = (round.draft + round.rest) / median(self.times.dense)
+        return cost - round.tokens * self.times.strain
+
+    def _bill(self, round: Round) -> None:
+        if self.times.dense:
+            lost = self._lost(round) + self.hiccups / self.rounds
+            # Of what a stalled round took too long, no more is held against those to come.
+            most = CREDIT + max(RISK * self.steps, ONE_ROUND)
+            self.behind = max(min(self.behind + lost, most), -CREDIT)
+            self.rounds += 1
+
+    def end(self) -> None:
+        """Leave to the next call what was learnt of the acceptance, and what may be lost yet."""
+        self.policy.acceptance = sum(self.agreed) / sum(self.tried)
+        self.policy.behind = max(-CREDIT, min(0.0, self.behind - RISK * self.steps))

@@ -1,0 +1,309 @@
+"""The linear layers of a text decoder and their 4-bit twins, which draft passes read instead.
+
+From patch to unpatch a layer with a twin is of class `TwinnedLinear`. In a draft pass of the
+patched model it multiplies with the twin, everywhere else with its own weights. So a captured
+draft has the twins in it, a captured verification the weights; nothing is switched at each step.
+Where a layer's forward was replaced, as tensor parallelism does, the class stays, and in a draft
+the product is recognised by the weights that it is called with.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from threading import RLock
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from std_decode.costs.memory import free_memory, gigabytes
+from std_decode.model.attention import running_pass
+from std_decode.weights import quantize
+
+SHOWN_AFTER = 1.0  # seconds of quantising, before someone at a terminal is told
+_NONE = "no linear layer can have 4-bit weights"
+_making = RLock()
+
+
+class TwinnedLinear(nn.Linear):
+    """An ``nn.Linear`` that drafts with a 4-bit copy of its weights."""
+
+    _std_decode_twin: Twin
+
+    def forward(self, input: Tensor) -> Tensor:
+        running = running_pass()
+        if running is not None and running.twins is not None:
+            twin = self._std_decode_twin
+            if running.twins is twin.owner and twin.packed is not None:
+                return quantize.linear(input, twin.packed, twin.scales, twin.group, self.bias)
+        return F.linear(input, self.weight, self.bias)
+
+
+class _Recognised(TorchFunctionMode):
+    """Within, products with the weights of these twins' layers are products with the twins."""
+
+    def __init__(self, twins: list[Twin]):
+        super().__init__()
+        self.twins = {twin.weight.data_ptr(): twin for twin in twins}
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is F.linear and type(args[1]) in (Tensor, nn.Parameter):
+            twin = self.twins.get(args[1].data_ptr())
+            if twin is not None and twin.packed is not None and twin.weight.shape == args[1].shape:
+                bias = args[2] if len(args) > 2 else (kwargs or {}).get("bias")
+                return quantize.linear(args[0], twin.packed, twin.scales, twin.group, bias)
+        return func(*args, **(kwargs or {}))
+
+
+@dataclass(eq=False)
+class Twin:
+    """The 4-bit copy of one layer's weights, of this process's share of them.
+
+    Attributes:
+        name: of the layer in the model.
+        wrapped: whether the layer's forward was replaced.
+        packed, scales, group: see `quantize`; None until made, and in copies of a model.
+        made_of: what it was made of, see `_made_of`.
+    """
+
+    name: str
+    layer: nn.Linear
+    owner: Twins
+    wrapped: bool
+    packed: Tensor | None = None
+    scales: Any = None
+    group: int = 0
+    made_of: Any = None
+
+    @property
+    def weight(self) -> Tensor:
+        return local(self.layer.weight)
+
+    @property
+    def planned_bytes(self) -> int:
+        return quantize.nbytes(*self.weight.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return 0 if self.packed is None else self.packed.nbytes + self.scales.nbytes
+
+    def take(self, quantized: quantize.Quantized) -> None:
+        values, scales = (part.to(self.weight.device) for part in quantized)
+        packed, known = quantize.pack(values), self.packed
+        if known is None or known.device != packed.device or known.shape != packed.shape:
+            self.packed, self.scales, self.group = packed, scales, quantized.group
+            return
+        known.copy_(packed)  # stays where captured passes look for it
+        self.scales.copy_(scales)
+
+    def drop(self) -> None:
+        self.packed = self.scales = self.made_of = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Copies and pickles of a model begin without, as they do without engines, and make theirs.
+        return {**vars(self), "packed": None, "scales": None, "made_of": None}
+
+
+class Twins:
+    """The twins of one patched model. Nothing is made or changed before `make` and `attach`.
+
+    Args:
+        compiles: whether drafts are compiled; the compiler does not see who recognises weights.
+
+    Attributes:
+        twins: of the layers that can have one.
+        kept: why other layers keep their weights, by name.
+        missing: why there are none although there should be, or None.
+    """
+
+    def __init__(self, model: Any, compiles: bool = False):
+        self.compiles = compiles
+        self.twins: list[Twin] = []
+        self.kept: dict[str, str] = {}
+        self.missing: str | None = None
+        for name, layer in _linear_layers(model):
+            reason = self._refusal(layer)
+            if reason is None:
+                self.twins.append(Twin(name, layer, self, "forward" in vars(layer)))
+            else:
+                self.kept[name] = reason
+        if not self.twins:
+            self.missing = f"{_NONE}: {self.why_kept() or 'there is none'}"
+
+    @property
+    def planned_bytes(self) -> int:
+        """What all twins are going to take."""
+        return sum(twin.planned_bytes for twin in self.twins)
+
+    @property
+    def nbytes(self) -> int:
+        """What the twins that there are take."""
+        return sum(twin.nbytes for twin in self.twins)
+
+    @property
+    def count(self) -> int:
+        return sum(twin.packed is not None for twin in self.twins)
+
+    def why_kept(self) -> str:
+        reasons = Counter(self.kept.values())
+        return "; ".join(f"{count} x {reason}" for reason, count in reasons.items())
+
+    def attach(self) -> None:
+        for twin in self.twins:
+            if not twin.wrapped:
+                twin.layer._std_decode_twin = twin
+                twin.layer.__class__ = TwinnedLinear
+
+    def detach(self) -> None:
+        for twin in self.twins:
+            if vars(twin.layer).get("_std_decode_twin") is twin:  # attach may have failed before
+                twin.layer.__class__ = nn.Linear
+                del twin.layer._std_decode_twin
+            twin.drop()
+
+    def _refusal(self, layer: nn.Linear) -> str | None:
+        """Why a layer keeps its weights, or None."""
+        if type(layer) not in (nn.Linear, TwinnedLinear):
+            return f"a {type(layer).__name__}, which is no plain nn.Linear"
+        if type(layer) is TwinnedLinear and layer._std_decode_twin.owner is not self:
+            return "a layer shared with another patched model, which has its twin"
+        if self.compiles and "forward" in vars(layer):
+            return "a replaced forward, which compile=True does not go with"
+        return quantize.refusal(local(layer.weight))
+
+    def reading(self) -> AbstractContextManager[Any]:
+        """What a draft runs in, so that wrapped layers read their twins."""
+        wrapped = [twin for twin in self.twins if twin.wrapped]
+        return _Recognised(wrapped) if wrapped else nullcontext()
+
+    def make(
+        self,
+        model: Any,
+        read: Callable[[str], quantize.Quantized | None] = lambda name: None,
+        keep: Callable[[str, quantize.Quantized], None] = lambda name, quantized: None,
+    ) -> None:
+        """Make the twins that are missing or out of date.
+
+        Args:
+            read: gives the 4-bit weights of a layer where they are known.
+            keep: is given those that were not.
+
+        Raises:
+            MemoryError: they do not fit; nothing was made.
+        """
+        # In inference mode tensors would be made that cannot be written to outside of it.
+        with _making, torch.inference_mode(False), torch.no_grad():
+            adapters = _merged_adapters(model)
+            now = {twin: _made_of(twin.layer, adapters) for twin in self.twins}
+            stale = [twin for twin in self.twins if twin.made_of != now[twin]]
+            if not stale:
+                return
+            for twin in stale:
+                self.kept.pop(twin.name, None)
+                reason = self._refusal(twin.layer)
+                if reason is not None:
+                    twin.drop()
+                    self.kept[twin.name] = reason
+            stale = [twin for twin in stale if twin.name not in self.kept]
+            _check_memory([twin for twin in stale if twin.packed is None])
+            for twin in _with_progress(stale):
+                quantized = read(twin.name)
+                if quantized is None:
+                    quantized = quantize.quantize(twin.weight)
+                    keep(twin.name, quantized)
+                twin.take(quantized)
+                twin.made_of = now[twin]
+
+    def refresh(self, model: Any) -> Twins | None:
+        """Have the twins follow the model's weights. None where there are none to draft with.
+
+        Noticed are weights that moved, were replaced, were changed in place (unless through
+        ``weight.data``) and adapters that were merged. What goes unnoticed costs agreement only.
+        """
+        try:
+            self.make(model)
+            self.missing = None if self.count else f"{_NONE}: {self.why_kept()}"
+        except (MemoryError, torch.OutOfMemoryError) as error:
+            for twin in self.twins:
+                twin.drop()
+            self.missing = str(error).partition("\n")[0]
+        return None if self.missing else self
+
+
+def _linear_layers(model: Any) -> Iterator[tuple[str, nn.Linear]]:
+    """Those of the text decoder and the LM head; not those that adapters add beside them."""
+    names = {module: name for name, module in model.named_modules()}
+    beside: set[nn.Module] = set()
+    for tuner in names:
+        if isinstance(getattr(tuner, "base_layer", None), nn.Module):
+            beside |= set(tuner.modules()) - set(tuner.base_layer.modules()) - {tuner}
+    head = model.get_output_embeddings()
+    heads = [] if head is None else head.modules()
+    for module in dict.fromkeys((*model.get_decoder().modules(), *heads)):
+        if isinstance(module, nn.Linear) and module not in beside:
+            yield names[module], module
+
+
+def local(weight: Tensor) -> Tensor:
+    """What this process holds of a weight that tensor parallelism shares out."""
+    return weight.to_local() if hasattr(weight, "to_local") else weight  # a DTensor
+
+
+def _made_of(layer: nn.Linear, adapters: dict[nn.Module, tuple]) -> tuple:
+    """What changes when a layer's weights do, as far as that can be seen without reading them."""
+    weight = local(layer.weight)
+    plain = type(weight.data) is Tensor
+    where = weight.data_ptr() if plain else id(layer.weight)
+    version = 0 if weight.is_inference() else weight._version
+    return where, weight.device, weight.dtype, version, adapters.get(layer)
+
+
+def _merged_adapters(model: nn.Module) -> dict[nn.Module, tuple]:
+    """The adapters merged into the layer that they are beside; PEFT merges unseen by versions."""
+    return {
+        module.base_layer: tuple(module.merged_adapters)
+        for module in model.modules()
+        if hasattr(module, "merged_adapters") and hasattr(module, "base_layer")
+    }
+
+
+def _check_memory(twins: list[Twin]) -> None:
+    for device in {twin.weight.device for twin in twins}:
+        there = [twin for twin in twins if twin.weight.device == device]
+        needed = sum(twin.planned_bytes for twin in there)
+        meanwhile = max(quantize.temporary_bytes(*twin.weight.shape) for twin in there)
+        free = free_memory(device)
+        if needed + meanwhile > free:
+            raise MemoryError(
+                f"draft_weights: 4-bit weights of {len(there)} layers take {gigabytes(needed)}, "
+                f"and {gigabytes(meanwhile)} more while they are made, expected at most the "
+                f"{gigabytes(free)} free on {device}; free memory or use draft_weights=None"
+            )
+
+
+def _with_progress(twins: list[Twin]) -> Iterator[Twin]:
+    """Each in turn; someone at a terminal is told what takes so long."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    console = Console(stderr=True)
+    progress = Progress(console=console, transient=True, disable=not console.is_terminal)
+    total = sum(twin.weight.numel() for twin in twins)
+    task = progress.add_task("std_decode: 4-bit draft weights", total=total)
+    start = time.monotonic()
+    try:
+        for twin in twins:
+            yield twin
+            progress.update(task, advance=twin.weight.numel())
+            if time.monotonic() - start > SHOWN_AFTER:
+                progress.start()
+    finally:
+        progress.stop()
