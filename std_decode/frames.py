@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from std_decode.video.media import Deadline, InputError, open_video
+from std_decode.errors import InputError
+from std_decode.video.media import Deadline, open_video
 from std_decode.video.packets import shown
 from std_decode.video.seeking import Index, decode_runs, read_index
 

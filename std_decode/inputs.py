@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from std_decode.errors import InputError
 from std_decode.frames import Video
-from std_decode.video.media import InputError
 
 _HUB = 'pip install "sparse-to-dense[hub]"'
 

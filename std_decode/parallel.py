@@ -28,8 +28,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
-from std_decode.app.main import BadInput, drop_output
-from std_decode.demo.video import VideoError
+from std_decode.errors import BadInput, drop_output
 from std_decode.inputs import InputError, auto_class, one_line
 from std_decode.inputs import load_model as load_whole
 
@@ -144,7 +143,7 @@ def _tell(error: BaseException, place: Place) -> int:
     import torch.distributed as dist
 
     where = f"std-decode, process {place.rank} of {place.size}"
-    if isinstance(error, (BadInput, InputError, VideoError)):
+    if isinstance(error, (BadInput, InputError)):
         if place.first or place.local_rank == 0:  # all find the same
             print(f"std-decode: {error}", file=sys.stderr)
         return 2

@@ -6,25 +6,24 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from os import PathLike
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
-from std_decode import classes
-from std_decode.admission.bits import ROWS, Promises, Wanted, kind_of
+from std_decode import classes, options
+from std_decode.admission.bits import Promises, Wanted, kind_of
 from std_decode.admission.changes import Tried
 from std_decode.costs.workload import Workload
-from std_decode.model.attention import forget_passes
 from std_decode.model.selection import VisualMask
+from std_decode.model.switch import forget_passes
 from std_decode.passes.pool import Engines
 from std_decode.rounds.loop import Decoding
 from std_decode.rounds.policy import COMPILED_LENGTHS, LENGTHS, FixedLength, Policy
+from std_decode.rounds.ranks import own_file
 from std_decode.stats import DecodeStats
 from std_decode.weights import draft_weights as weights
-
-MOST_DRAFTS = 63  # verification takes up to 64 tokens: the pending one and the drafts
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -45,7 +44,7 @@ class _Patch:
     workload: Workload
     promises: Promises
     stats: DecodeStats | None = None
-    decoding: type[Decoding] = Decoding  # a subclass looks on, see sparsity/measure.py
+    decoding: type[Decoding] = Decoding  # a subclass looks on, see app/sparsity/measure.py
 
     @property
     def layers(self) -> dict[int, nn.Module]:
@@ -130,9 +129,9 @@ def patch(
         own kinds, which are then fed a few tokens each. Source: Zhang et al., Sparse-to-Dense,
         ACL 2025, doi 10.18653/v1/2025.acl-short.59; re-selection from verification is an addition.
     """
-    _check_options(top_k_keys, draft_length, reselect, cuda_graphs, compile)
-    _check_visual(visual_token_ids, visual_mask)
-    _check_reproducible(reproducible, draft_length)
+    options.check(top_k_keys, draft_length, reselect, cuda_graphs, compile)
+    options.check_visual(visual_token_ids, visual_mask)
+    options.check_reproducible(reproducible, draft_length)
     weights.check(draft_weights, draft_weights_cache)
     target = _unwrapped(model)
     if is_patched(target):
@@ -143,7 +142,8 @@ def patch(
     own = _own_class(target)
     tried = Tried(target)
     promises = _promises(target, tried, reproducible, draft_length)
-    drafting = weights.prepare(target, draft_weights, draft_weights_cache, top_k_keys, compile)
+    kept_in = draft_weights_cache and own_file(target, Path(draft_weights_cache))
+    drafting = weights.prepare(target, draft_weights, kept_in, top_k_keys, compile)
     target._std_decode = _Patch(
         own,
         tried,
@@ -253,76 +253,6 @@ def _policy(draft_length: int | Literal["auto"], compiles: bool) -> Policy | Fix
     if draft_length != "auto":
         return FixedLength(draft_length)
     return Policy(COMPILED_LENGTHS if compiles else LENGTHS)
-
-
-def _check_options(
-    top_k_keys: Any, draft_length: Any, reselect: Any, graphs: Any, compile: Any
-) -> None:
-    for name, value in (("top_k_keys", top_k_keys), ("draft_length", draft_length)):
-        wanted = "an int" + (' or "auto"' if name == "draft_length" else "")
-        if name == "draft_length" and value == "auto":
-            continue
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f"patch: {name} is {value!r}, expected {wanted}")
-    if top_k_keys < 1:
-        raise ValueError(
-            f"patch: top_k_keys is {top_k_keys}, expected at least 1; 1024 is the default, a "
-            "larger number makes drafts better and slower"
-        )
-    if draft_length != "auto" and not 0 <= draft_length <= MOST_DRAFTS:
-        raise ValueError(
-            f"patch: draft_length is {draft_length}, expected 0 <= draft_length <= {MOST_DRAFTS} "
-            'or "auto"; 0 decodes densely'
-        )
-    if not isinstance(reselect, bool):
-        raise TypeError(f"patch: reselect is {reselect!r}, expected True or False")
-    if graphs != "auto" and not isinstance(graphs, bool):
-        raise TypeError(f'patch: cuda_graphs is {graphs!r}, expected "auto", True or False')
-    if not isinstance(compile, bool):
-        raise TypeError(f"patch: compile is {compile!r}, expected True or False")
-
-
-def _check_reproducible(wanted: Any, draft_length: int | Literal["auto"]) -> None:
-    if isinstance(wanted, bool) or wanted in ("auto", "unpatched"):
-        rows = ROWS
-        if wanted is not True:
-            return
-    elif isinstance(wanted, int):
-        rows = wanted
-        if not 2 <= rows <= MOST_DRAFTS + 1:
-            raise ValueError(
-                f"patch: reproducible is {wanted}, expected 2 to {MOST_DRAFTS + 1} tokens a pass; "
-                f"True feeds {ROWS}"
-            )
-    else:
-        raise TypeError(
-            f'patch: reproducible is {wanted!r}, expected True, False, "auto", "unpatched" or the '
-            "number of tokens in each pass"
-        )
-    if draft_length != "auto" and draft_length >= rows:
-        raise ValueError(
-            f"patch: draft_length is {draft_length}, expected less than the {rows} tokens that "
-            f"reproducible={wanted!r} feeds in each pass; reproducible={draft_length + 1} feeds "
-            "as many as these drafts need"
-        )
-
-
-def _check_visual(visual_token_ids: Any, visual_mask: Any) -> None:
-    if visual_token_ids is not None:
-        ids = visual_token_ids if isinstance(visual_token_ids, Sequence) else [None]
-        if isinstance(ids, str) or not all(type(i) is int for i in ids):
-            raise TypeError(
-                f"patch: visual_token_ids is {visual_token_ids!r}, expected a list of ints; for "
-                "one id give [id]"
-            )
-    if visual_mask is None or callable(visual_mask):
-        return
-    if not isinstance(visual_mask, Tensor) or visual_mask.dtype != torch.bool:
-        found = getattr(visual_mask, "dtype", repr(visual_mask))
-        raise TypeError(
-            f"patch: visual_mask is {found}, expected a bool tensor [B, S] or a function of "
-            "input_ids that returns one"
-        )
 
 
 def _unwrapped(model: Any) -> Any:

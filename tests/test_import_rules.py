@@ -1,12 +1,21 @@
 """Who may import whom, read from the source without running it."""
 
 import ast
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
 OP_FILES = {"score_keys", "select_topk", "sparse_attention", "verify_attention"}
+# Rooms of std_decode, folders and files of the first level. Each may import those above it here;
+# `errors` and `stats` import nothing of ours, and are for all.
+ROOMS = """
+    errors stats costs model weights passes rounds admission
+    generation classes options patching __init__
+    video frames inputs parallel demo app __main__
+""".split()
+APART = {"video", "frames", "inputs", "parallel", "demo"}  # know nothing of decoding
 
 
 def imports_in(source: str, package: str = "") -> set[str]:
@@ -81,3 +90,61 @@ def test_decode_uses_public_ops_only():
 def test_bench_does_not_import_tests():
     for path in sources("bench"):
         assert not any(within(name, "tests") for name in imports_of(path)), path
+
+
+def modules_of(folder: str) -> dict[str, Path]:
+    names = {".".join(p.relative_to(ROOT).with_suffix("").parts): p for p in sources(folder)}
+    return {name.removesuffix(".__init__"): path for name, path in names.items()}
+
+
+def imports_between(folder: str) -> dict[str, set[str]]:
+    """For each module those of the same folder that it imports, wherever in it; but for types."""
+    modules, found = modules_of(folder), {}
+    for name, path in modules.items():
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        for node in ast.walk(tree):
+            if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+                node.body = [ast.Pass()]
+        package = ".".join(path.relative_to(ROOT).parent.parts)
+        imported = imports_in(ast.unparse(tree), package)
+        found[name] = {
+            near for one in imported if (near := nearest(one, modules)) and near != name
+        }
+    return found
+
+
+def nearest(name: str, modules: dict[str, Path]) -> str:
+    """The module that `name` is, or is in; "" where it is none of these."""
+    while name and name not in modules:
+        name = name.rpartition(".")[0]
+    return name
+
+
+def room(module: str) -> str:
+    return (module.split(".") + ["__init__"])[1]
+
+
+@pytest.mark.parametrize("folder", ["std_kernels", "std_decode", "bench", "tests"])
+def test_no_modules_import_each_other_in_a_circle(folder):
+    imported = imports_between(folder)
+    assert len(imported) > 10, "nothing was read"
+    try:
+        TopologicalSorter(imported).prepare()
+    except CycleError as error:
+        pytest.fail(" -> ".join(error.args[1]))
+
+
+def test_rooms_import_in_one_direction():
+    rank = {name: place for place, name in enumerate(ROOMS)}
+    imported = imports_between("std_decode")
+    assert {room(module) for module in imported} == set(ROOMS), "a room that has no place in ROOMS"
+    for module, others in imported.items():
+        for other in others:
+            assert rank[room(other)] <= rank[room(module)], f"{module} imports {other}"
+
+
+def test_what_reads_videos_and_loads_models_knows_nothing_of_decoding():
+    decoding = set(ROOMS) - APART - {"errors"}
+    for module, others in imports_between("std_decode").items():
+        if room(module) in APART:
+            assert not decoding & {room(other) for other in others}, module

@@ -15,6 +15,7 @@ from typing import Any
 
 from bench.arguments import between, new_parser
 from bench.models.dimensions import FOUR_BIT_BYTES, GROUP, SHAPES
+from bench.roofline.cells import make_cell
 from bench.roofline.devices import GPUS
 from bench.roofline.predictions import (
     MOST_DRAFTS,
@@ -22,10 +23,8 @@ from bench.roofline.predictions import (
     Cell,
     Prediction,
     can_share,
-    fewest_gpus,
 )
 from bench.roofline.words import MODELS, WAYS, assumptions
-from std_decode.costs.workload import Device
 
 
 def _lines(names: Iterable[str]) -> str:
@@ -175,13 +174,6 @@ def _check(options: argparse.Namespace) -> None:
                 raise _Refused(f"--{name} is {values[0]}, expected two values or more for a map")
     options.batch = options.batch or [1]
     options.context = options.context or [25000]
-
-
-def make_cell(options: argparse.Namespace, model: str, gpu: str, batch: int, context: int) -> Cell:
-    peak = GPUS[gpu].device
-    device = Device(options.efficiency * peak.bandwidth, peak.flops)
-    cell = Cell(SHAPES[model], device, 1, batch, context, options.top_k_keys)
-    return replace(cell, gpus=options.tensor_parallel or fewest_gpus(cell, GPUS[gpu]))
 
 
 def records(options: argparse.Namespace) -> Iterator[dict[str, Any]]:

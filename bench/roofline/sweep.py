@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-from bench.roofline.command import make_cell
+from bench.roofline.cells import make_cell
 from bench.roofline.devices import GIB, GPUS
 from bench.roofline.predictions import USABLE
 from bench.roofline.tables import write

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.arguments import between, new_parser
-from bench.selection.rules import RULES, in_words
+from bench.selection.rules import RULES, YARDSTICKS, in_words
 from std_decode.app.output import replace_file
 
 _HELP = """\
@@ -48,7 +48,6 @@ examples:
   python -m bench selection --out bench/results          the published table: 15 minutes
   python -m bench selection --checkpoint FOLDER --rules static library --out trial"""
 CLIPS = {1024: 6, 4096: 6, 16384: 2}  # where --clips does not tell
-YARDSTICKS = ("static", "library", "exact")
 
 
 def add_parser(commands: Any) -> None:
@@ -147,7 +146,7 @@ def _run(options: argparse.Namespace) -> int:
     for table in tables.rich_tables(options, found):
         out.print(table)
     if options.out is not None:
-        for path in tables.publish(options, records.environment, found):
+        for path in tables.publish(options, records.environment, found, command(options)):
             out.print(f"written to {path}", soft_wrap=True)
     return 0 if all(one["identical"] for one in found) else 1
 
@@ -205,7 +204,9 @@ def environment(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     from bench.environment import output
 
     weights = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()[:12]
-    sources = sorted(Path(std_decode.__file__).parent.glob("*.py"))
+    library = Path(std_decode.__file__).parent
+    rooms = ("model", "passes", "rounds")
+    sources = sorted(path for room in rooms for path in (library / room).glob("*.py"))
     sources += [Path(__file__).parent / f"{part}.py" for part in ("clips", "rules", "trials")]
     code = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:12]
     return {

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+YARDSTICKS = ("static", "library", "exact")
+
 
 @dataclass(frozen=True)
 class Rule:

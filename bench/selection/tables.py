@@ -10,8 +10,7 @@ from statistics import mean, median
 from typing import Any
 
 from bench.roofline.tables import write
-from bench.selection.command import YARDSTICKS, command
-from bench.selection.rules import GROUPS, RULES, in_words
+from bench.selection.rules import GROUPS, RULES, YARDSTICKS, in_words
 from std_decode.app.output import new_figure, png
 
 Found = list[dict[str, Any]]
@@ -159,10 +158,11 @@ def rich_tables(options: argparse.Namespace, found: Found) -> list[Any]:
 
 
 def publish(
-    options: argparse.Namespace, environment: dict[str, Any], found: Found
+    options: argparse.Namespace, environment: dict[str, Any], found: Found, command: str
 ) -> Iterator[Path]:
+    """Write what `command`, a line, says again."""
     path = options.out / "selection.md"
-    write(path, markdown(options, environment, found).encode())
+    write(path, markdown(options, environment, found, command).encode())
     yield path
     if set(YARDSTICKS) & set(options.rules) and len(options.top_k_keys) > 1:
         path = options.out / "selection.png"
@@ -170,12 +170,14 @@ def publish(
         yield path
 
 
-def markdown(options: argparse.Namespace, environment: dict[str, Any], found: Found) -> str:
+def markdown(
+    options: argparse.Namespace, environment: dict[str, Any], found: Found, command: str
+) -> str:
     env = environment
     lines = [
         "# Which keys drafts read: rules of re-selection on the demo model",
         "",
-        f"Written by `{command(options)}`; what is run: `python -m bench selection --help`.",
+        f"Written by `{command}`; what is run: `python -m bench selection --help`.",
         "",
         f"Draft length {env['draft_length']}, so at most {env['draft_length'] + 1} tokens per "
         f"dense pass; clips of {env['events']} events; float32, batch 1, {env['threads']} "

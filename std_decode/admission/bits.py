@@ -20,8 +20,9 @@ from transformers import DynamicCache, PreTrainedModel
 
 from std_decode.admission.eligibility import undisturbed
 from std_decode.admission.trial import input_device
-from std_decode.model.attention import attention_name, uncompiled
 from std_decode.model.cache import CACHE, SparseToDenseCache
+from std_decode.model.running import uncompiled
+from std_decode.model.switch import attention_name
 from std_decode.passes.engine import Engine
 from std_decode.passes.promise import ROUNDED, Kind, Promise
 from std_decode.stats import DecodeStats

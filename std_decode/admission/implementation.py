@@ -20,7 +20,8 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
 
-from std_decode.model.attention import attention_function, attention_name
+from std_decode.model.attention import attention_function
+from std_decode.model.switch import attention_name
 
 # Those that transformers registers, beside kernels of the hub, whose names have a slash.
 NAMES = {

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
-from std_decode.model.attention import uncompiled
 from std_decode.model.cache import CACHE
+from std_decode.model.running import uncompiled
 
 # What is known to treat each token by itself. Of transformers, what is not a quantised layer.
 _TOKENWISE = {

@@ -19,17 +19,11 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
-from std_decode.model.attention import (
-    Attending,
-    Pass,
-    Result,
-    attention_name,
-    attention_of,
-    observed_by,
-    uncompiled,
-)
+from std_decode.model.attention import Attending, Result
 from std_decode.model.cache import CACHE, SparseToDenseCache
+from std_decode.model.running import Pass, uncompiled
 from std_decode.model.selection import plan_selection
+from std_decode.model.switch import attention_name, attention_of, observed_by
 from std_decode.passes.engine import Engine
 from std_decode.stats import DecodeStats
 from std_kernels import verify_attention

@@ -16,9 +16,9 @@ from rich.table import Table
 from torch import Tensor
 from transformers import TextStreamer
 
-from std_decode.app.main import BadInput
 from std_decode.app.output import check_file
 from std_decode.app.sparsity.measure import GREEDY
+from std_decode.errors import BadInput
 from std_decode.stats import DecodeStats
 
 Show = Callable[[str], object]  # is given the text piece by piece

@@ -26,10 +26,10 @@ from std_decode.app.answer import (
     ratio,
     side_by_side,
 )
-from std_decode.app.main import BadInput
 from std_decode.app.output import check_file, check_picture, png, replace_file
 from std_decode.demo import camera, video
 from std_decode.demo.model import generate_inputs, load_model, load_tokenizer
+from std_decode.errors import BadInput
 
 SELDOM = 1.5  # tokens a dense pass; at fewer a table without an explanation looks like a failure
 

@@ -28,6 +28,7 @@ from std_decode.app.arguments import (
 from std_decode.app.batch.arguments import add_parser as add_batch
 from std_decode.demo.camera import TAGS
 from std_decode.demo.video import MOST_SECONDS
+from std_decode.errors import BadInput, InputError, drop_output
 
 DEMO = """\
 Show sparse-to-dense decoding at work, with nothing to download.
@@ -62,10 +63,6 @@ examples:
 
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-
-
-class BadInput(Exception):
-    """What the user gave cannot be used; the message is one line."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -183,8 +180,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout = os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
     options = _parser().parse_args(argv)
     # Importing torch and transformers takes seconds: first see whether the request makes sense.
-    from std_decode.demo.video import VideoError
-    from std_decode.inputs import InputError, check_packages
+    from std_decode.inputs import check_packages
 
     try:
         try:
@@ -194,7 +190,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 check_packages("torchvision")
             raise
         return command(options)
-    except (BadInput, InputError, VideoError) as error:
+    except (BadInput, InputError) as error:
         print(f"std-decode: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -211,11 +207,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"std-decode: the output cannot be written: {error.strerror}", file=sys.stderr)
         drop_output()
         return 2
-
-
-def drop_output() -> None:
-    """What is left of stdout goes nowhere, or Python would fail to write it in the end."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _command(name: str) -> Callable[[argparse.Namespace], int]:

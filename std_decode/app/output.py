@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from std_decode.app.main import BadInput
+from std_decode.errors import BadInput
 
 
 class NotWritten(BadInput, OSError):

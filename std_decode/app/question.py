@@ -19,7 +19,7 @@ from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 
 import std_decode
 from std_decode import parallel
-from std_decode.app.main import BadInput
+from std_decode.errors import BadInput
 from std_decode.frames import read_video
 from std_decode.inputs import (
     check_device,
@@ -124,7 +124,7 @@ def ask(options: argparse.Namespace, console: Console, place: Place | None = Non
         place: of this process, to load its share of the model; None: the whole one.
 
     Raises:
-        InputError, VideoError: something is missing or no good; the message is one line.
+        InputError: something is missing or no good; the message is one line.
     """
     if options.model is None:
         return _of_the_demo_model(options, console)

@@ -18,7 +18,8 @@ from std_decode.demo.camera import (
     Clip,
     draw_seconds,
 )
-from std_decode.video.media import Deadline, InputError, open_video
+from std_decode.errors import InputError
+from std_decode.video.media import Deadline, open_video
 from std_decode.video.packets import shown
 
 SCALE = 4  # pixels of the file per pixel of the camera
@@ -26,9 +27,6 @@ MOST_SECONDS = 4096  # 16,384 video tokens
 _NOISE = 0.05
 _SAME_TIME = 1e-6
 _TAG = "comment"  # of the container, where a rendered clip tells its own content
-
-
-VideoError = InputError
 
 
 def render(clip: Clip, path: Path, rng: np.random.Generator) -> None:
@@ -58,7 +56,7 @@ def read(path: Path) -> tuple[np.ndarray, Clip | None]:
         was rendered into the file, or None if it is no file of `render`.
 
     Raises:
-        VideoError: missing, a folder, empty, no video, or cut off.
+        InputError: missing, a folder, empty, no video, or cut off.
     """
     with open_video(path) as (container, stream):
         frames = _sample(container, stream, path)
@@ -74,7 +72,7 @@ def _sample(container: Any, stream: Any, path: Path) -> np.ndarray:
     def show_until(end: float) -> None:
         while newest is not None and len(frames) / FRAMES_PER_SECOND < end:
             if len(frames) == MOST_SECONDS * FRAMES_PER_SECOND:
-                raise VideoError(
+                raise InputError(
                     f"{path}: longer than {MOST_SECONDS} s, the most the demo model takes"
                 )
             frames.append(newest)
@@ -86,7 +84,7 @@ def _sample(container: Any, stream: Any, path: Path) -> np.ndarray:
         newest = frame.to_ndarray(format="rgb24", width=FRAME, height=FRAME, interpolation="AREA")
     show_until(at + _SAME_TIME)
     if len(frames) < FRAMES_PER_SECOND:
-        raise VideoError(f"{path}: shorter than the one second that a time step takes")
+        raise InputError(f"{path}: shorter than the one second that a time step takes")
     return np.stack(frames)
 
 

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from std_decode.model.attention import Pass, Phase, attention_of, compiled_for, uncompiled
 from std_decode.model.cache import CACHE, BufferLayer, SparseToDenseCache
+from std_decode.model.running import Pass, Phase, compiled_for, uncompiled
 from std_decode.model.selection import Selection
+from std_decode.model.switch import attention_of
 from std_decode.passes.graphs import Graphs
 from std_decode.passes.promise import ROUNDED, Promise
 from std_decode.stats import Clock, DecodeStats

@@ -14,6 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from std_decode.errors import InputError
+
 # 8192 x 4096, so 8K. A decoder may keep some twenty frames of it: 2 GiB, at 8 bits a sample.
 MOST_FRAME_PIXELS = 2**25
 MOST_THREADS = 4  # of a decoder; each keeps a frame more
@@ -26,10 +28,6 @@ FORMATS = (
     "mxf", "nut", "wtv", "rm", "dv", "gif", "ivf", "h264", "hevc", "av1", "obu", "mpegvideo",
     "mjpeg", "m4v", "yuv4mpegpipe", "apng", "webp_pipe",
 )  # fmt: skip
-
-
-class InputError(ValueError):
-    """A model or a video that cannot be used; the message is one line, for a user."""
 
 
 class Deadline:

@@ -11,7 +11,8 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from std_decode.video.media import MOST_PACKETS, Deadline, InputError
+from std_decode.errors import InputError
+from std_decode.video.media import MOST_PACKETS, Deadline
 
 MOST_GAP = 10  # seconds; a longer one in a broadcast is a joint, as in ffmpeg
 _MOST_TIME = 2**62

@@ -14,7 +14,6 @@ from transformers import DynamicCache
 
 from std_decode.costs.memory import free_memory, gigabytes
 from std_decode.costs.workload import Device, Workload, expected_tokens
-from std_decode.rounds.ranks import own_file
 from std_decode.weights import twin_cache
 from std_decode.weights.twins import Twins, local
 
@@ -128,7 +127,7 @@ def prepare(
     if cache is None:
         twins.make(model)
     else:
-        twin_cache.make(model, twins, own_file(model, Path(cache)))
+        twin_cache.make(model, twins, Path(cache))
     return DraftWeights(twins, because, most_rows)
 
 

@@ -14,8 +14,7 @@ from transformers import GPT2Config
 
 import std_decode
 from std_decode import parallel
-from std_decode.app.main import BadInput
-from std_decode.demo.video import VideoError
+from std_decode.errors import BadInput
 from std_decode.inputs import InputError
 
 SCRIPT = """
@@ -316,7 +315,7 @@ def test_more_processes_than_gpus_are_refused(monkeypatch):
 def test_bad_input_is_told_once_a_machine(capsys):
     for rank, local_rank in ((0, 0), (1, 1), (2, 0)):
         place = parallel.Place(rank, local_rank, 4)
-        for error in (BadInput("no"), InputError("no"), VideoError("no")):
+        for error in (BadInput("no"), InputError("no")):
             assert parallel._tell(error, place) == 2
     assert capsys.readouterr().err == "std-decode: no\n" * 6
     assert parallel._tell(ZeroDivisionError("ours"), place) == 1

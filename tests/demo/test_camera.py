@@ -13,6 +13,7 @@ from std_decode.demo.model import (
     patchify,
     prompt,
 )
+from std_decode.errors import InputError
 
 # A GPU machine that runs `pytest -m gpu` need not have it; an installation of the package has.
 av = pytest.importorskip("av")
@@ -143,7 +144,7 @@ def damaged(folder, kind):
 )
 def test_what_is_no_video_is_one_clear_line(tmp_path, kind, words):
     path = damaged(tmp_path, kind)
-    with pytest.raises(video.VideoError, match=words) as raised:
+    with pytest.raises(InputError, match=words) as raised:
         video.read(path)
     assert str(path) in str(raised.value) and "\n" not in str(raised.value)
 
@@ -160,5 +161,5 @@ def test_a_file_cut_after_its_index_is_truncated(tmp_path):
         container.mux(stream.encode())
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) * 2 // 3])
-    with pytest.raises(video.VideoError, match="truncated"):
+    with pytest.raises(InputError, match="truncated"):
         video.read(path)

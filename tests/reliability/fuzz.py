@@ -97,8 +97,8 @@ def damaged(data: bytes, draw: random.Random) -> bytes:
 def read(path: Path) -> dict[str, str]:
     """What each reader makes of it: "clip", "error: ...", or "bug: ..."."""
     from std_decode.demo import video
+    from std_decode.errors import InputError
     from std_decode.frames import read_video
-    from std_decode.video.media import InputError
 
     found = {}
     for name, reader in (("inputs", lambda: read_video(path, 8).frames),

@@ -6,8 +6,8 @@ import pytest
 from av.stream import Disposition
 
 from std_decode.demo import video
+from std_decode.errors import InputError
 from std_decode.frames import read_video
-from std_decode.video.media import InputError
 
 SIZE = 64
 NOISE = np.random.default_rng(0).integers(0, 256, (SIZE, 99, 3), dtype=np.uint8)

@@ -13,9 +13,9 @@ import pytest
 from std_decode.app import main as cli
 from std_decode.app.output import replace_file
 from std_decode.demo import video
+from std_decode.errors import InputError
 from std_decode.frames import read_video
 from std_decode.video import media
-from std_decode.video.media import InputError
 from tests.reliability.fuzz import damaged, fuzz, make_files
 from tests.video.test_frames import film
 

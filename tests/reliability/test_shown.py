@@ -8,8 +8,9 @@ import pytest
 
 from std_decode import frames
 from std_decode.demo import video
+from std_decode.errors import InputError
 from std_decode.frames import read_video
-from std_decode.video.media import Deadline, InputError
+from std_decode.video.media import Deadline
 from std_decode.video.seeking import read_index
 from tests.reliability.films import check, copy, edit, truth, write
 

@@ -9,8 +9,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from std_decode.app.main import BadInput
 from std_decode.app.output import check_file, replace_file
+from std_decode.errors import BadInput
 
 try:
     import fcntl

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from std_decode.app.batch.worker import Job, Row, Worker
-from std_decode.app.main import BadInput
+from std_decode.errors import BadInput
 from std_decode.inputs import InputError
 
 OBJECTS = 128 * 2**20  # bytes for paths and answers: nothing else goes between processes

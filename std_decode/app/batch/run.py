@@ -22,8 +22,8 @@ from rich.progress import (
 from std_decode.app.batch.answers import Answers
 from std_decode.app.batch.videos import batches, estimate, find_videos
 from std_decode.app.batch.worker import Job, Row, Settings, Worker, demo_tag
-from std_decode.app.main import BadInput
 from std_decode.app.question import said_of_loading
+from std_decode.errors import BadInput
 
 SHOWN_ERRORS = 3
 

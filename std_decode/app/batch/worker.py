@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import std_decode
-from std_decode.app.main import BadInput
+from std_decode.errors import BadInput
 from std_decode.inputs import to_model
 
 Row = dict[str, Any]

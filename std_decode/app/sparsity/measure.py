@@ -17,9 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from std_decode.model.attention import Attending, Result, observed_by
+from std_decode.model.attention import Attending, Result
 from std_decode.model.cache import CACHE, BufferLayer, SparseToDenseCache
 from std_decode.model.selection import MOST_INDICES, plan_selection, visual_tokens
+from std_decode.model.switch import observed_by
 from std_decode.patching import last_stats, patched
 from std_decode.rounds.loop import Decoding
 from std_kernels import score_keys, sparse_attention, verify_attention

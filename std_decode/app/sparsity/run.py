@@ -13,13 +13,13 @@ from rich.progress import Progress
 from rich.table import Table
 from transformers.utils.logging import disable_progress_bar
 
-from std_decode.app.main import BadInput
 from std_decode.app.output import check_file, check_picture, png, replace_file
 from std_decode.app.question import Question, ask, check_question, refuse
 from std_decode.app.sparsity.findings import investigate
 from std_decode.app.sparsity.measure import NotMeasurable
 from std_decode.app.sparsity.page import draw
 from std_decode.app.sparsity.suggest import Suggestion, speedups
+from std_decode.errors import BadInput
 
 
 def sparsity(options: argparse.Namespace) -> int:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from std_decode.app.batch.answers import Answers
-from std_decode.app.main import BadInput
+from std_decode.errors import BadInput
 
 SETTINGS = {"model": "m", "frames": 8}
 

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from std_decode.app.batch.videos import SPREAD, batches, estimate, find_videos
-from std_decode.app.main import BadInput
+from std_decode.errors import BadInput
 
 
 def test_files_folders_and_lists_each_once(clips, tmp_path, monkeypatch):
