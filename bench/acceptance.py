@@ -18,7 +18,7 @@ _HELP = """\
 Narrates clips with the demo model, drafting with its own weights and with 4-bit copies of them
 (patch(draft_weights="int4")), at each number of keys, greedily and by sampling. Counts how many
 drafts the dense model agrees with, and compares every text with the one the unpatched model gives:
-in float32 a token may differ only where rounding decides (see README, "What is promised").
+in float32 a token may differ only where rounding decides (see docs/promises.md).
 
 Then adds up what a draft reads of the weights, beside what bench roofline counts.
 

@@ -1,4 +1,4 @@
-"""The demo's figures over a grid of clips and draft lengths, for README's table."""
+"""The demo's figures over a grid of clips and draft lengths, for the documentation's tables."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ length, each in a process of its own, and keeps what it measures: tokens/s unpat
 path and patched, their ratios, acceptance, tokens per dense pass, whether all tokens were
 identical, and how many of the clip's attributes the narration tells right.
 
-For README's table run it on a quiet machine: python -m bench demo --out bench/results, then
+For the tables of README and docs/pays.md run it on a quiet machine:
+python -m bench demo --out bench/results, then
 python -m bench report. The three ways take turns within a run, and ratios are medians of the
 turns' ratios, so a machine that slows down slows all of them.
 
@@ -51,7 +52,7 @@ def add_parser(commands: Any) -> None:
     parser = new_parser(
         commands,
         "demo",
-        "the demo's figures over clips and draft lengths, for README's table",
+        "the demo's figures over clips and draft lengths, for README and docs/pays.md",
         _HELP,
         _EXAMPLES,
     )

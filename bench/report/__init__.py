@@ -1,1 +1,1 @@
-"""`python -m bench report`: README's tables and the plots, from the results files."""
+"""`python -m bench report`: tables of the documentation and plots, from results files."""

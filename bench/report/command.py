@@ -1,4 +1,4 @@
-"""The measured tables of README and docs/measured.md, and the plots, from the results files."""
+"""The measured tables of the documentation, and the plots, from the results files."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from bench.environment import ROOT
 from bench.report import tables
 
 _HELP = f"""\
-Rewrites the tables of README.md and docs/measured.md that come from results files, and draws each
-file's plots. A table stands between the lines
+Rewrites the tables of README.md, docs/pays.md and docs/measured.md that come from results files,
+and draws each file's plots. A table stands between the lines
 
   <!-- table: NAME -->
   <!-- end -->
@@ -29,6 +29,7 @@ its first record says which, with versions, driver, commit and date:
   prefill   prefill-DEVICE.jsonl, by python -m bench prefill
   promises  promises-DEVICE.jsonl, by python -m bench promises
   ceiling   roofline.md, by python -m bench roofline: predicted, not measured
+  pays      rows of demo and of ceiling
 
 Of what has no file yet there is no table. To publish a GPU's results copy the files that
 python -m bench gpu has written into the folder, whatever they say, and run this.
@@ -49,8 +50,8 @@ def add_parser(commands: Any) -> None:
     add("--results", type=Path, default=ROOT / "bench/results", metavar="DIR",
         help="where the files are (default bench/results)")  # fmt: skip
     add("--readme", type=Path, nargs="+", metavar="FILE",
-        default=[ROOT / "README.md", ROOT / "docs/measured.md"],
-        help="what to rewrite (default README.md and docs/measured.md)")  # fmt: skip
+        default=[ROOT / "README.md", ROOT / "docs/pays.md", ROOT / "docs/measured.md"],
+        help="what to rewrite (default README.md, docs/pays.md, docs/measured.md)")  # fmt: skip
     parser.set_defaults(run=run)
 
 

@@ -1,4 +1,4 @@
-"""README's tables, each from its results files."""
+"""The tables of the documentation, each from its results files."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ CELLS, GPU = ("1 x 25,000", "8 x 25,000", "32 x 25,000", "8 x 100,000"), "h200"
 
 
 class Unclear(Exception):
-    """What of README or a results file cannot be understood."""
+    """What of a page or a results file cannot be understood."""
 
 
 def files(results: Path, name: str) -> list[tuple[Record, list[Record]]]:
@@ -244,6 +244,18 @@ def _kernel_cells(ours: Record, rival: Record) -> list[str]:
 
 
 def ceiling(results: Path) -> list[str]:
+    found, text = _ceilings(results)
+    shown = []
+    for model, name in MODELS.items():
+        size = re.search(rf"^- {model}: .*; (\S+ KiB) of KV cache a token$", text, re.MULTILINE)
+        of_cache = f"{size[1]} of KV cache a token" if size else "?"
+        shown.append([f"{name} ({of_cache})", *(found[model][cell] for cell in CELLS)])
+    head = ["predicted ceiling, bfloat16 / 4-bit drafts", f"{CELLS[0]} tokens", *CELLS[1:]]
+    return markdown_table(head, shown)
+
+
+def _ceilings(results: Path) -> tuple[dict[str, dict[str, str]], str]:
+    """Predicted speedups of `MODELS` at `CELLS`, and the page that has them."""
     path = results / "roofline.md"
     text = path.read_text(encoding="utf-8")
     rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")]
@@ -251,14 +263,37 @@ def ceiling(results: Path) -> list[str]:
     found = {row[0]: row for row in rows if row[1] == GPU}
     if columns is None or {*MODELS} - {*found} or {*CELLS} - {*columns}:
         raise Unclear(f"{path} has no table of models on {GPU} with the columns {CELLS}")
-    shown = []
-    for model, name in MODELS.items():
-        size = re.search(rf"^- {model}: .*; (\S+ KiB) of KV cache a token$", text, re.MULTILINE)
-        of_cache = f"{size[1]} of KV cache a token" if size else "?"
-        cells = [found[model][columns.index(cell)] for cell in CELLS]
-        shown.append([f"{name} ({of_cache})", *cells])
-    head = ["predicted ceiling, bfloat16 / 4-bit drafts", f"{CELLS[0]} tokens", *CELLS[1:]]
-    return markdown_table(head, shown)
+    return {m: {cell: found[m][columns.index(cell)] for cell in CELLS} for m in MODELS}, text
+
+
+# For whom it pays
+
+
+def pays(results: Path) -> list[str]:
+    """The shortest and the longest clip of the demo, and a model on a GPU alone and in a batch."""
+    rows = []
+    for about, records in files(results, "demo"):
+        auto = [r for r in records if r["status"] == "ok" and r["draft_length"] == "auto"]
+        auto.sort(key=lambda one: one["seconds"])
+        rows += [_pays_cells(about, record) for record in (auto[0], auto[-1])] if auto else []
+    (model, name), *_ = MODELS.items()
+    found, _ = _ceilings(results)
+    for cell in (CELLS[0], CELLS[2]):
+        own, four_bit = found[model][cell].split(" / ")
+        where = f"{name}, {cell} video tokens, one {GPU.upper()}"
+        rows.append([where, f"at most {own}, with 4-bit drafts {four_bit}", "predicted ceiling"])
+    return markdown_table(["you have", "speed over the unpatched model", "known how"], rows)
+
+
+def _pays_cells(about: Record, record: Record) -> list[str]:
+    drafts = record["over_dense_path"]
+    share = "" if drafts is None else f" ({drafts:.2f}x by drafts)"
+    return [
+        f"the demo model (2.9M), one clip of {record['video_tokens']:,} video tokens, "
+        f"{about['device']}, {about['threads']} threads",
+        f"{record['over_unpatched']:.2f}x{share}",
+        "measured",
+    ]
 
 
 TABLES: dict[str, Callable[[Path], list[str]]] = {
@@ -268,4 +303,5 @@ TABLES: dict[str, Callable[[Path], list[str]]] = {
     "prefill": prefill,
     "promises": promises,
     "ceiling": ceiling,
+    "pays": pays,
 }

@@ -21,6 +21,7 @@ from tests.demo import tiny_qwen
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = sorted(path.name for path in (ROOT / "examples").glob("*.py") if path.stem != "given")
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("docs/*.md")), ROOT / "examples/README.md"]
 # A block that loads a model of the reader's gets the demo model instead.
 COMMAND = re.compile(
     r"(?:^ *|[`(]|&& )std-decode ((?!generate`|compare`)\w+ --[^`\n]+)", re.MULTILINE
@@ -72,9 +73,8 @@ def test_every_python_block_of_the_readme_runs(path, number, capsys):
 
 def commands():
     """Command lines of std-decode in the documentation and in the help."""
-    texts = [
-        (ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "CONTRIBUTING.md")
-    ]
+    pages = [page for page in PAGES if page.name != "CHANGELOG.md"]
+    texts = [page.read_text(encoding="utf-8") for page in pages]
     texts += [cli.SPARSITY_EXAMPLES, arguments.GENERATE_EXAMPLES, arguments.COMPARE_EXAMPLES]
     return sorted({line for text in texts for line in COMMAND.findall(text)} - {"demo --help"})
 
@@ -126,9 +126,6 @@ def test_an_example_takes_a_model_of_the_reader_s(name, tmp_path, filmed_for_doc
 @pytest.fixture(scope="module")
 def filmed_for_docs(tmp_path_factory):
     return tiny.film(tmp_path_factory.mktemp("filmed") / "clip.mp4")
-
-
-PAGES = [*sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("docs/*.md")), ROOT / "examples/README.md"]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -22,8 +22,8 @@ refused if its answers came by another --model, --frames, --max-new-tokens or --
 --prompt adds lines to it, and all else may change: no answer depends on it.
 
 Videos of similar length are answered together, --batch-size at a time, the shorter ones padded on
-the left. In float32 the answers are those of one at a time, as far as rounding allows (README,
-"What is promised"); decoding is greedy. A line is
+the left. In float32 the answers are those of one at a time, as far as rounding allows
+(docs/promises.md); decoding is greedy. A line is
   {"video": PATH, "prompt": ..., "answer": ..., "prompt_tokens": ..., "tokens": N, "settings": {}}
 
 Without --model the demo model narrates camera clips, from the tag in --prompt "narrate from #07."
