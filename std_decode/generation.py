@@ -29,12 +29,12 @@ from std_decode.admission.calls import (
 )
 from std_decode.costs.workload import Workload
 from std_decode.model.cache import CACHE, MOST_NEW_TOKENS
-from std_decode.model.selection import plan_selection, visual_tokens
+from std_decode.model.selection_rules import plan_selection, visual_tokens
 from std_decode.passes.engine import Engine
 from std_decode.rounds.lockstep import Lockstep
-from std_decode.rounds.ranks import lead, share_random_numbers
 from std_decode.rounds.rows import Ends, Rows
 from std_decode.rounds.sampling import Chooser, Drafter
+from std_decode.rounds.tensor_parallel import lead, share_random_numbers
 from std_decode.stats import DecodeStats, peak_memory_bytes
 
 NOISE_WINDOW = 32  # steps that a row may be ahead of the slowest one when sampling

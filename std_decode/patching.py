@@ -12,16 +12,16 @@ from typing import Any, Literal, TypeVar
 from torch import nn
 from transformers import PreTrainedModel
 
-from std_decode import classes, options
+from std_decode import options, patched_class
 from std_decode.admission.bits import Promises, Wanted, kind_of
 from std_decode.admission.changes import Tried
 from std_decode.costs.workload import Workload
-from std_decode.model.selection import VisualMask
+from std_decode.model.selection_rules import VisualMask
 from std_decode.model.switch import forget_passes
 from std_decode.passes.pool import Engines
 from std_decode.rounds.loop import Decoding
 from std_decode.rounds.policy import COMPILED_LENGTHS, LENGTHS, FixedLength, Policy
-from std_decode.rounds.ranks import own_file
+from std_decode.rounds.tensor_parallel import own_file
 from std_decode.stats import DecodeStats
 from std_decode.weights import draft_weights as weights
 
@@ -160,7 +160,7 @@ def patch(
     try:
         drafting.attach()
         tried.take_as_it_is(target)
-        target.__class__ = classes.patched_class(own)
+        target.__class__ = patched_class.patched_class(own)
     except BaseException:
         drafting.detach()
         del target._std_decode
@@ -205,7 +205,7 @@ def patched(model: Model, **options: Any) -> Iterator[Model]:
 
 def is_patched(model: nn.Module) -> bool:
     """Whether `patch` was applied to `model` and not undone."""
-    return classes.is_patched(_unwrapped(model))
+    return patched_class.is_patched(_unwrapped(model))
 
 
 def last_stats(model: nn.Module) -> DecodeStats | None:
@@ -227,8 +227,8 @@ def last_stats(model: nn.Module) -> DecodeStats | None:
 
 
 def _own_class(model: Any) -> type:
-    own = classes.own_class(type(model))
-    if issubclass(own, classes.SparseToDense):
+    own = patched_class.own_class(type(model))
+    if issubclass(own, patched_class.SparseToDense):
         raise NotImplementedError(
             f"patch: {own.__name__} derives from the class of a patched model, expected a class "
             "that does not; derive it from type(model) before patch or after unpatch"

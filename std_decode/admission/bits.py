@@ -21,7 +21,7 @@ from transformers import DynamicCache, PreTrainedModel
 from std_decode.admission.eligibility import undisturbed
 from std_decode.admission.trial import input_device
 from std_decode.model.cache import CACHE, SparseToDenseCache
-from std_decode.model.running import uncompiled
+from std_decode.model.running_pass import uncompiled
 from std_decode.model.switch import attention_name
 from std_decode.passes.engine import Engine
 from std_decode.passes.promise import ROUNDED, Kind, Promise

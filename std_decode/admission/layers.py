@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
 from std_decode.model.cache import CACHE
-from std_decode.model.running import uncompiled
+from std_decode.model.running_pass import uncompiled
 
 # What is known to treat each token by itself. Of transformers, what is not a quantised layer.
 _TOKENWISE = {

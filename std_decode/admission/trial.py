@@ -21,8 +21,8 @@ from transformers import DynamicCache, PreTrainedModel
 
 from std_decode.model.attention import Attending, Result
 from std_decode.model.cache import CACHE, SparseToDenseCache
-from std_decode.model.running import Pass, uncompiled
-from std_decode.model.selection import plan_selection
+from std_decode.model.running_pass import Pass, uncompiled
+from std_decode.model.selection_rules import plan_selection
 from std_decode.model.switch import attention_name, attention_of, observed_by
 from std_decode.passes.engine import Engine
 from std_decode.stats import DecodeStats

@@ -13,8 +13,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from std_decode.model.alone import each_alone
 from std_decode.model.cache import BufferLayer, SparseToDenseCache
-from std_decode.model.running import Pass
-from std_decode.model.selection import Selection
+from std_decode.model.running_pass import Pass
+from std_decode.model.selection_rules import Selection
 from std_kernels import (
     score_keys,
     sparse_attention,

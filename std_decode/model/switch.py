@@ -24,7 +24,7 @@ from transformers.masking_utils import AttentionMaskInterface
 
 from std_decode.model.attention import Attending, Result, attention_function
 from std_decode.model.buffers import NO_MASK
-from std_decode.model.running import RUNNING, Pass, let_compile, running_pass
+from std_decode.model.running_pass import RUNNING, Pass, let_compile, running_pass
 
 PREFIX = "std_decode_over_"
 

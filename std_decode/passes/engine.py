@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from std_decode.model.cache import CACHE, BufferLayer, SparseToDenseCache
-from std_decode.model.running import Pass, Phase, compiled_for, uncompiled
-from std_decode.model.selection import Selection
+from std_decode.model.running_pass import Pass, Phase, compiled_for, uncompiled
+from std_decode.model.selection_rules import Selection
 from std_decode.model.switch import attention_of
 from std_decode.passes.graphs import Graphs
 from std_decode.passes.promise import ROUNDED, Promise

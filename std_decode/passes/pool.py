@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from std_decode.model.cache import SparseToDenseCache, bucket
-from std_decode.model.selection import MOST_INDICES, Selection
+from std_decode.model.selection_rules import MOST_INDICES, Selection
 from std_decode.passes import graphs
 from std_decode.passes.engine import Engine
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from std_decode.costs.memory import free_memory, gigabytes
-from std_decode.model.running import running_pass
+from std_decode.model.running_pass import running_pass
 from std_decode.weights import quantize
 
 SHOWN_AFTER = 1.0  # seconds of quantising, before someone at a terminal is told

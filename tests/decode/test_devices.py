@@ -16,7 +16,7 @@ from transformers import (
 
 import std_decode
 from std_decode.model.cache import SparseToDenseCache
-from std_decode.model.selection import Selection
+from std_decode.model.selection_rules import Selection
 from std_decode.passes.engine import Engine
 from std_decode.stats import DecodeStats
 from tests.decode.families import TEXT

@@ -14,7 +14,7 @@ from transformers import (
 )
 
 import std_decode
-from std_decode.model.running import uncompiled
+from std_decode.model.running_pass import uncompiled
 from tests.decode.families import IMAGE
 
 PATCH = dict(draft_length=4, top_k_keys=8)

@@ -157,7 +157,7 @@ def test_layout(layout_case, monkeypatch, family, layout):
     case = layout_case(family, layout)
     caps = {}
     if layout.startswith("long"):  # in place of thousands of tokens
-        monkeypatch.setattr("std_decode.model.selection.MOST_KEPT_TEXT", 8)
+        monkeypatch.setattr("std_decode.model.selection_rules.MOST_KEPT_TEXT", 8)
         caps = dict(most_text=8)
     for do_sample in (False, True):
         expected = case.generate(do_sample=do_sample)

@@ -59,7 +59,7 @@ PAIRS = """
     import torch
     import torch.distributed as dist
     from types import SimpleNamespace
-    from std_decode.rounds.ranks import lead
+    from std_decode.rounds.tensor_parallel import lead
 
     dist.init_process_group("gloo")
     rank = dist.get_rank()
@@ -86,7 +86,7 @@ TIMES = """
     from types import SimpleNamespace
     from std_decode.costs.workload import Workload
     from std_decode.rounds.policy import Policy
-    from std_decode.rounds.ranks import lead
+    from std_decode.rounds.tensor_parallel import lead
 
     dist.init_process_group("gloo")
     rank = dist.get_rank()

@@ -13,7 +13,7 @@ from transformers import DynamicCache, LogitsProcessorList, StoppingCriteriaList
 from transformers.cache_utils import DynamicLayer
 
 import std_decode
-from std_decode.model import attention, cache, running, switch
+from std_decode.model import attention, cache, running_pass, switch
 from std_decode.passes import engine
 from std_decode.passes.engine import Engine
 from std_decode.weights import quantize
@@ -29,7 +29,7 @@ def state(model):
     config = model.get_decoder().config
     kept = {name: value for name, value in vars(model).items() if not name.startswith("_modules")}
     kinds = [type(module) for module in model.modules()]
-    return type(model), kept, config._attn_implementation, kinds, running._stance
+    return type(model), kept, config._attn_implementation, kinds, running_pass._stance
 
 
 class Survives:
@@ -43,7 +43,7 @@ class Survives:
 
     def check(self):
         assert self.model.get_decoder().config._attn_implementation == self.unpatched[2]
-        assert not switch._switched and running.running_pass() is None
+        assert not switch._switched and running_pass.running_pass() is None
         assert torch.equal(self.case.generate(), self.expected)
         stats = std_decode.last_stats(self.model)
         assert stats.fallback is None and stats.rounds > 0
@@ -313,7 +313,7 @@ def interrupt_everywhere(case, lines, every=False, **options):
         assert torch.equal(case.generate(), expected), line
         if not every:  # the very line that tidies up may be broken off: then unpatch does
             assert case.model.get_decoder().config._attn_implementation == before[2], line
-            assert running.running_pass() is None, line
+            assert running_pass.running_pass() is None, line
         if not reached:
             break
     std_decode.unpatch(case.model)
@@ -455,7 +455,7 @@ def in_a_child(kept):
             kept.model._std_decode.engines.calls.clear()  # the parent's other thread's
             std_decode.unpatch(kept.model)
             right &= torch.equal(kept.case.generate(), kept.expected)
-            right &= running._stance is None
+            right &= running_pass._stance is None
             os._exit(0 if right else 1)
         except BaseException:
             os._exit(2)

@@ -7,7 +7,7 @@ import torch
 
 import std_decode
 from std_decode.model import attention, cache
-from std_decode.model.selection import plan_selection
+from std_decode.model.selection_rules import plan_selection
 from std_decode.passes import pool
 from std_decode.passes.engine import Engine
 from tests.reliability.trials import BASE, QWEN, TEXTUAL, VISUAL, run

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from std_decode.model.attention import Attending, Result
 from std_decode.model.cache import CACHE, BufferLayer, SparseToDenseCache
-from std_decode.model.selection import MOST_INDICES, plan_selection, visual_tokens
+from std_decode.model.selection_rules import MOST_INDICES, plan_selection, visual_tokens
 from std_decode.model.switch import observed_by
 from std_decode.patching import last_stats, patched
 from std_decode.rounds.loop import Decoding

@@ -10,7 +10,7 @@ from transformers import DynamicCache
 
 from std_decode.app.sparsity.measure import GREEDY, Timed, watched
 from std_decode.model.cache import CACHE
-from std_decode.model.selection import visual_tokens
+from std_decode.model.selection_rules import visual_tokens
 
 
 def with_cache(model: Any, inputs: dict[str, Any], answer: Tensor) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from transformers import DynamicCache
 import std_decode
 from std_decode.model import attention
 from std_decode.model.cache import BufferLayer, SparseToDenseCache
-from std_decode.model.selection import plan_selection
+from std_decode.model.selection_rules import plan_selection
 from std_decode.passes.engine import Engine
 from std_decode.rounds.noise import upcoming_noise
 from std_decode.stats import Clock, DecodeStats

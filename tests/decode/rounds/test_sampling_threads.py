@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import std_decode
-from std_decode.rounds import ranks
+from std_decode.rounds import tensor_parallel
 from std_decode.rounds.loop import Decoding
 from std_decode.rounds.noise import Noise, upcoming_noise
 from tests.decode.conftest import VOCABULARY
@@ -245,16 +245,16 @@ def test_ranks_do_not_put_back_the_generator_of_the_first(monkeypatch):
         torch.rand(3)
         return own.clone()
 
-    monkeypatch.setattr(ranks, "_broadcast", lambda model: tell)
+    monkeypatch.setattr(tensor_parallel, "_broadcast", lambda model: tell)
     torch.manual_seed(0)
     torch.rand(3)
     expected = torch.get_rng_state()
     torch.manual_seed(0)
-    ranks.share_random_numbers(None, torch.device("cpu"))
+    tensor_parallel.share_random_numbers(None, torch.device("cpu"))
     assert torch.equal(torch.get_rng_state(), expected)
     told = torch.Generator().manual_seed(5).get_state()
-    monkeypatch.setattr(ranks, "_broadcast", lambda model: lambda own: told)
-    ranks.share_random_numbers(None, torch.device("cpu"))
+    monkeypatch.setattr(tensor_parallel, "_broadcast", lambda model: lambda own: told)
+    tensor_parallel.share_random_numbers(None, torch.device("cpu"))
     assert torch.equal(torch.get_rng_state(), told)
 
 

@@ -8,7 +8,7 @@ from transformers import LlavaOnevisionConfig, Qwen2VLConfig
 
 import std_decode
 from std_decode import generation
-from std_decode.model.selection import plan_selection, visual_tokens
+from std_decode.model.selection_rules import plan_selection, visual_tokens
 from tests.decode.rules import rules
 
 PATCH = dict(draft_length=4, top_k_keys=8)

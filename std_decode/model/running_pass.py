@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from std_decode.model.cache import SparseToDenseCache
-from std_decode.model.selection import Selection
+from std_decode.model.selection_rules import Selection
 
 Phase = Literal["prefill", "draft", "verify"]
 
