@@ -1,0 +1,98 @@
+"""What a call asks of a GPU, counted on the pretend one: waits, copies, launches, compilations."""
+
+import pytest
+import torch
+
+import std_decode
+from tests.decode.conftest import make_case  # noqa: F401
+from tests.pretend_gpu.ledger import ledger
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not ledger.installed, reason="counts are those of the pretend GPU"),
+]
+FAMILIES = ["llama", "qwen2_vl"]
+PATCH = dict(draft_length=4, top_k_keys=10_000)  # every key: all drafts agree
+LAUNCHES = 45  # of a layer in a pass, at most; the fused layer is to bring it down to 10
+
+
+@pytest.fixture
+def on_gpu(make_case):  # noqa: F811
+    """``on_gpu(family, rows)``: a case whose passes are captured already."""
+    patched = []
+
+    def make(family, rows=1, **options):
+        case = make_case(family, 5, rows)
+        case.model.to("cuda")
+        case.inputs = {name: value.to("cuda") for name, value in case.inputs.items()}
+        patched.append(std_decode.patch(case.model, **{**PATCH, **options}))
+        ledger.clear()
+        for _ in range(3):
+            case.generate(max_new_tokens=11)
+        return case
+
+    yield make
+    for model in patched:
+        std_decode.unpatch(model)
+
+
+def counted(case, tokens):
+    """Rounds of a call, waits of the host, and copies, over those of a call of one round."""
+    ledger.clear()
+    case.generate(max_new_tokens=tokens)
+    stats = std_decode.last_stats(case.model)
+    assert stats.fallback is None and stats.graph_captures == 0
+    assert ledger.replays == stats.graph_replays > 0
+    return stats.rounds, sum(ledger.syncs.values()), sum(ledger.copies.values())
+
+
+@pytest.mark.parametrize("do_sample", [False, True])
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_host_waits_once_a_round_and_copies_nothing(on_gpu, family, rows, do_sample):
+    case = on_gpu(family, rows)
+    case.options["do_sample"] = do_sample
+    few, many = counted(case, 11), counted(case, 41)
+    if not do_sample:
+        assert (few[0], many[0]) == (2, 8)
+    assert many[0] - few[0] >= 6
+    assert many[1] - few[1] == many[0] - few[0], ledger.syncs
+    assert many[2] == few[2], ledger.copies
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_launches_of_a_layer(on_gpu, family):
+    case = on_gpu(family)
+    layers = len(case.model._std_decode.layers)
+    assert len(ledger.captured) == 2  # a draft and a verification
+    for captured in ledger.captured:
+        assert 0 < sum(captured.values()) <= LAUNCHES * layers, captured
+
+
+def test_prompts_of_other_lengths_compile_nothing(on_gpu):
+    case = on_gpu("llama")
+    ids = case.inputs["input_ids"]
+    for length in (7, 19, 33):
+        ledger.clear()
+        more = torch.randint(7, 99, (1, length), device="cuda")
+        case.inputs = {"input_ids": torch.cat([ids, more], dim=1)}
+        case.generate(max_new_tokens=11)
+        assert std_decode.last_stats(case.model).rounds > 0 and ledger.kernels
+        assert not ledger.compilations, length
+
+
+def test_a_tensor_left_on_the_host_is_refused(on_gpu):
+    with pytest.raises(RuntimeError, match="two devices"):
+        torch.ones(3, device="cuda") + torch.ones(3)
+
+
+def test_a_read_while_capturing_is_refused():
+    number, graph = torch.zeros((), device="cuda"), torch.cuda.CUDAGraph()
+    with pytest.raises(RuntimeError, match="capturing"):
+        with torch.cuda.graph(graph):
+            number.item()
+    with torch.cuda.graph(graph):
+        more = number + 1
+    number.fill_(4)
+    graph.replay()
+    assert int(more) == 5

@@ -1,0 +1,66 @@
+"""A slice of the GPU tests and benches on the pretend GPU: what a first contact must not find.
+
+Each in a process of its own, which believes in a GPU for good.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.pretend_gpu.install import missing
+
+ROOT = Path(__file__).parents[2]
+SITE = ROOT / "tests/pretend_gpu/site"
+pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
+GPU_TESTS = [
+    "test_a_second_question_on_the_same_graphs",
+    "test_the_generator_ends_where_it_does_unpatched",
+    "test_one_synchronisation_a_round",
+]
+# Of 512 MB, which a GPU copies in a quarter of a millisecond.
+NO_COPY = "import sys\nfrom bench.decode import command\ncommand.copy_bandwidth = lambda _: 1e3\n"
+
+
+def python(*arguments, cwd=ROOT):
+    paths = [str(ROOT), str(SITE), os.environ.get("PYTHONPATH", "")]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(paths),
+        "OMP_NUM_THREADS": "1",
+        "COLUMNS": "200",
+    }
+    return subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        capture_output=True, text=True, cwd=cwd, env=environment, timeout=280,
+    )  # fmt: skip
+
+
+def test_what_a_call_asks_of_a_gpu():
+    done = python("-m", "pytest", "-n0", "-q", "-m", "gpu", "tests/pretend_gpu/test_counts.py")
+    assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-4000:]
+    assert "skipped" not in done.stdout.splitlines()[-1]
+
+
+def test_gpu_tests():
+    names = [f"tests/decode/test_gpu.py::{name}" for name in GPU_TESTS]
+    done = python("-m", "pytest", "-n0", "-q", "-m", "gpu", *names)
+    assert f"{len(names)} passed" in done.stdout, done.stdout[-4000:]
+
+
+def test_bench_decode(tmp_path):
+    """Each way that runs without Dynamo, with 4-bit drafts, all tokens those of transformers."""
+    code = f"{NO_COPY}from bench.__main__ import main\nsys.exit(main(sys.argv[1:]))"
+    done = python(
+        "-c", code, "decode", "--shape", "tiny", "--dtype", "float32", "--context", "100",
+        "--new-tokens", "7", "--runs", "1", "--ways", "dense", "drafts", "--out", tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+    (path,) = tmp_path.glob("decode-pretend-*.jsonl")
+    records = [json.loads(line) for line in path.read_text().splitlines()][1:]
+    assert {r["status"] for r in records} == {"ok"}, records
+    drafted = [r for r in records if r["kind"] == "decode" and r.get("draft_length")]
+    assert drafted and all(r["same_as_transformers"] == "7 of 7" for r in drafted)
