@@ -13,12 +13,22 @@ from typing import Any
 from bench.arguments import between, new_parser
 
 _HELP = """\
-Runs the GPU test suite, then times decoding at a 7B model's shape and of the demo model beside
-transformers', then each op at a few real sizes beside its rivals, then prefill and promises (see
---help of bench decode, kernels, prefill and promises). Nobody needs to watch: each part has its
-share of --seconds, what a part does not use is for those after it, and a part that fails or hangs
-costs the others nothing. What computes something wrong is reported and not timed. What did not fit
-is listed as out of time. A few lines about each part are printed when it ends, and no more.
+Runs one round on a GPU, in the order of what one would know if it ended there:
+
+  identity   tokens with the patch and without, with graphs and without; bits of one shape
+  one        a 7B model at 1 x 25,000: dense steps, drafts and verifications, with the model's
+             weights and with 4-bit drafts, captured, compiled and neither, beside transformers'
+  promises   whose bits depend on how many tokens a pass feeds, and what one shape costs
+  tests      the rest of the GPU test suite
+  kernels    each op at a few real sizes beside its rivals
+  many       the 7B at 8 and 32 rows, and the demo model
+  prefill    time to the first token
+
+The first three take about four minutes of the nine (see --help of bench decode, kernels, prefill
+and promises). Nobody needs to watch: each part has its share of --seconds, what a part does not
+use is for those after it, and a part that fails or hangs costs the others nothing. What computes
+something wrong is reported and not timed. What did not fit is listed as out of time. A few lines
+about each part are printed when it ends, and no more. It needs no network, no PyAV, and 78 GiB do.
 
 Writes into DIR as it goes, so that a run that is cut off still counts:
 
@@ -35,16 +45,17 @@ sources, versions and GPU. --resume EARLIER takes the files of EARLIER into DIR 
 machine on which DIR begins empty: put what came back from the run before into a folder that
 travels with the repository (git must not ignore it), and name it. Tests that passed are not run
 again, parts that are complete are left out, and figures that are there are kept; the time is for
-the rest. Run it until nothing is out of time. To publish, copy the .jsonl files but the first to
-bench/results and run python -m bench report.
+the rest. Run it until nothing is out of time; 240 seconds do for a second run. To publish, copy
+the .jsonl files but the first to bench/results and run python -m bench report.
 
 Exit status: 0 if everything passed, 1 if something failed or is wrong, 2 without a GPU."""
 _EXAMPLES = """\
 examples:
   python -m bench gpu --out round1
   python -m bench gpu --out round1 --resume             go on in the same folder
-  python -m bench gpu --out "$OUT" --resume round1      go on from files brought along
-  python -m bench gpu --out round1 --part decode --seconds 300"""
+  python -m bench gpu --out "$OUT" --resume round1 --seconds 240
+                                                        go on from files brought along
+  python -m bench gpu --out round1 --part one --seconds 300"""
 DEVICE_FILES = ("round", "decode", "kernels", "prefill", "promises")  # NAME-DEVICE.jsonl
 
 

@@ -12,14 +12,15 @@ from bench.roofline.devices import named
 WIDTH = 150  # characters of a line
 MOST_FAILURES = 8
 # Characters, about.
-MOST = {"tests": 2400, "decode": 5400, "kernels": 3000, "prefill": 400, "promises": 350}
+MOST = {"identity": 600, "tests": 2200, "one": 2000, "many": 2900, "decode": 5400,
+        "kernels": 3000, "prefill": 400, "promises": 350}  # fmt: skip
 _Records = list[dict[str, Any]]
 
 
 def lines(part: str, records: _Records) -> list[str]:
     """Of a part's results file; those of all parts are under 12,000 characters."""
-    found = {"tests": _tests, "decode": _decode, "kernels": _kernels, "prefill": _prefill,
-             "promises": _promises}  # fmt: skip
+    found = {"identity": _tests, "tests": _tests, "one": _one, "many": _many, "decode": _decode,
+             "kernels": _kernels, "prefill": _prefill, "promises": _promises}  # fmt: skip
     speeds = [r["gb_per_s"] for r in records if r.get("op") == "copy"]
     speeds += [records[0]["copy_gb_per_s"]] if "copy_gb_per_s" in records[0] else []
     copies = [_copy(records[0], speed) for speed in speeds]
@@ -78,6 +79,14 @@ def _tests(records: _Records) -> list[str]:
 
 def _of(properties: dict[str, Any]) -> str:
     return ", ".join(f"{name} {value}" for name, value in properties.items())
+
+
+def _one(records: _Records) -> list[str]:
+    return _decode([r for r in records if r.get("batch", 1) == 1])
+
+
+def _many(records: _Records) -> list[str]:
+    return _decode([r for r in records if r.get("batch", 1) != 1])
 
 
 def _decode(records: _Records) -> list[str]:

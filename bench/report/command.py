@@ -11,7 +11,7 @@ from typing import Any
 
 from bench.arguments import new_parser
 from bench.environment import ROOT
-from bench.report import tables
+from bench.report import gpu_notes, tables
 
 _HELP = f"""\
 Rewrites the tables of README.md, docs/pays.md and docs/measured.md that come from results files,
@@ -31,6 +31,7 @@ its first record says which, with versions, driver, commit and date:
   ceiling   roofline.md, by python -m bench roofline: predicted, not measured
   pays      rows of demo and of ceiling
 
+gpu-notes.md, beside the results, sets what a GPU showed of Qwen2-VL-7B beside what was predicted.
 Of what has no file yet there is no table. To publish a GPU's results copy the files that
 python -m bench gpu has written into the folder, whatever they say, and run this.
 
@@ -59,6 +60,11 @@ def run(options: argparse.Namespace) -> int:
     try:
         pages = {path: path.read_text(encoding="utf-8") for path in options.readme}
         wanted = {path: rewritten(text, options.results) for path, text in pages.items()}
+        notes = options.results / gpu_notes.NAME
+        beside = gpu_notes.page(options.results)
+        if beside is not None:
+            wanted[notes] = beside
+            pages[notes] = notes.read_text(encoding="utf-8") if notes.exists() else ""
     except (tables.Unclear, OSError) as error:
         print(f"bench report: {error}", file=sys.stderr)
         return 2

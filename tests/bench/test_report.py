@@ -12,6 +12,7 @@ import torch
 from bench import demo, environment, records
 from bench.__main__ import main
 from bench.report import command as report
+from bench.report import gpu_notes
 from bench.report import plots as report_plots
 from bench.report import tables as report_tables
 
@@ -329,3 +330,28 @@ def test_an_interruption_is_one_line(monkeypatch, capsys):
     monkeypatch.setattr(report, "rewritten", interrupted)
     assert main(["report", "--check"]) == 130
     assert capsys.readouterr().err == "python -m bench report: interrupted\n"
+
+
+def test_a_gpu_is_set_beside_what_was_predicted(results, tmp_path, monkeypatch):
+    monkeypatch.setattr(report_plots, "write", lambda path: None)
+    where = dict(shape="qwen2-vl-7b", context=25000, status="ok", batch=1)
+    ours, drafts = "ours, dense", gpu_notes.INT4
+    results.keep(
+        "decode",
+        {"kind": "pass", "what": ours, "pass": "dense", "ms": 13.3, "kernels": 2800, "layers": 28,
+         **where},
+        dict(kind="decode", what=ours, tokens_per_s={"median": 100.0}, **where),
+        dict(kind="decode", what=drafts, tokens_per_s={"median": 130.0}, **where),
+    )  # fmt: skip
+    (path,) = results.path.glob("decode-*.jsonl")
+    path.write_text(path.read_text().replace("NVIDIA H9", "NVIDIA H200"))
+    page = tmp_path / "page.md"
+    page.write_text("nothing to fill in\n")
+    command = ["report", "--results", str(results.path), "--readme", str(page)]
+    assert main([*command, "--check"]) == 1  # the notes are not there yet
+    assert main(command) == 0 and main([*command, "--check"]) == 0
+    told = (results.path / gpu_notes.NAME).read_text()
+    assert "| ours, dense: dense | 6.65 | 13.30 | 2.00 | 41 | 100.0 |" in told
+    assert f"| 1 x 25,000 | {drafts} | 1.00x | 1.30x | 149 | 130 |" in told
+    path.unlink()
+    assert gpu_notes.page(results.path) is None
