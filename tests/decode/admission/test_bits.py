@@ -82,8 +82,14 @@ def test_every_bit_of_every_logit(make_half, family, dtype):
         assert all(map(torch.equal, got.logits, expected.logits))
 
 
-@pytest.mark.parametrize("dtype", [*HALF, torch.float32], ids=lambda dtype: str(dtype)[6:])
-@pytest.mark.parametrize("family, rows", [("llama", 1), ("qwen2_vl", 2), ("gpt_oss", 2)])
+ONE_SHAPE = [
+    *(("llama", 1, dtype) for dtype in (*HALF, torch.float32)),
+    *(("qwen2_vl", 2, dtype) for dtype in (torch.bfloat16, torch.float32)),
+    ("gpt_oss", 2, torch.bfloat16),
+]
+
+
+@pytest.mark.parametrize(("family", "rows", "dtype"), ONE_SHAPE)
 def test_passes_of_one_shape_give_the_same_bits_whatever_is_drafted(
     make_half, family, rows, dtype
 ):

@@ -361,12 +361,12 @@ def live_bytes():
 
 
 @pytest.mark.parametrize("cuda_graphs", [True, False])
-def test_two_hundred_calls_leave_nothing_behind(make_case, recording, cuda_graphs):
+def test_eighty_calls_leave_nothing_behind(make_case, recording, cuda_graphs):
     """Prompts of many lengths, greedy and sampled, the cache kept and given away."""
     case = make_case("llama", 9)
     ids = case.inputs["input_ids"]
     with std_decode.patched(case.model, cuda_graphs=cuda_graphs, **PATCH):
-        for call in range(220):
+        for call in range(100):
             how = dict(do_sample=call % 2 == 0, return_dict_in_generate=call % 5 == 0)
             case.model.generate(ids[:, : 20 + call % 20], max_new_tokens=6, **how)
             if call == 19:
