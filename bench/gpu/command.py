@@ -23,6 +23,7 @@ Runs one round on a GPU, in the order of what one would know if it ended there:
   kernels    each op at a few real sizes beside its rivals
   many       the 7B at 8 and 32 rows, and the demo model
   prefill    time to the first token
+  memcheck   every op under compute-sanitizer, where that is installed
 
 The first three take about four minutes of the nine (see --help of bench decode, kernels, prefill
 and promises). Nobody needs to watch: each part has its share of --seconds, what a part does not

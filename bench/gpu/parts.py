@@ -64,7 +64,12 @@ PARTS = [
         ["--models", "qwen2-vl-7b", "--tokens", "25000", "--dtypes", "bfloat16", "--new", "24",
          "--runs", "2"],
     ),
-    Part("tests", 140, ["-m", "gpu", "-v", "-rfEs", "--durations=10"], "pytest"),
+    Part(
+        "tests",
+        140,
+        ["-m", "gpu", "-v", "-rfEs", "--durations=10", "-k", "not memcheck"],
+        "pytest",
+    ),
     Part("kernels", 70, ["--preset", "round"]),
     # From where weights no longer decide alone to where keys do; what fits on an 80 GB GPU.
     Part(
@@ -74,6 +79,13 @@ PARTS = [
         "decode",
     ),
     Part("prefill", 35, ["--shape", "qwen2-vl-7b", "--tokens", "4096", "25000", "--pairs", "7"]),
+    # With what is left: it may take minutes.
+    Part(
+        "memcheck",
+        10,
+        ["-m", "gpu", "-v", "-rfEs", "tests/kernels/test_gpu.py", "-k", "memcheck"],
+        "pytest",
+    ),
 ]  # fmt: skip
 
 

@@ -13,14 +13,15 @@ WIDTH = 150  # characters of a line
 MOST_FAILURES = 8
 # Characters, about.
 MOST = {"identity": 600, "tests": 2200, "one": 2000, "many": 2900, "decode": 5400,
-        "kernels": 3000, "prefill": 400, "promises": 350}  # fmt: skip
+        "kernels": 3000, "prefill": 400, "promises": 350, "memcheck": 250}  # fmt: skip
 _Records = list[dict[str, Any]]
 
 
 def lines(part: str, records: _Records) -> list[str]:
     """Of a part's results file; those of all parts are under 12,000 characters."""
     found = {"identity": _tests, "tests": _tests, "one": _one, "many": _many, "decode": _decode,
-             "kernels": _kernels, "prefill": _prefill, "promises": _promises}  # fmt: skip
+             "kernels": _kernels, "prefill": _prefill, "promises": _promises,
+             "memcheck": _memcheck}  # fmt: skip
     speeds = [r["gb_per_s"] for r in records if r.get("op") == "copy"]
     speeds += [records[0]["copy_gb_per_s"]] if "copy_gb_per_s" in records[0] else []
     copies = [_copy(records[0], speed) for speed in speeds]
@@ -75,6 +76,10 @@ def _tests(records: _Records) -> list[str]:
         f"skipped, {why.count(one)}: {one.strip(chr(39) + ')')}" for one in dict.fromkeys(why)
     ]
     return told
+
+
+def _memcheck(records: _Records) -> list[str]:
+    return _tests([r for r in records if "memcheck" in r.get("test", "")])
 
 
 def _of(properties: dict[str, Any]) -> str:

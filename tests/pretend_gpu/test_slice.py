@@ -64,3 +64,20 @@ def test_bench_decode(tmp_path):
     assert {r["status"] for r in records} == {"ok"}, records
     drafted = [r for r in records if r["kind"] == "decode" and r.get("draft_length")]
     assert drafted and all(r["same_as_transformers"] == "7 of 7" for r in drafted)
+
+
+SANITIZER = """#!/bin/sh
+case "$*" in *"--report-api-errors no"*) ;; *) exit 99;; esac
+echo "verify_attention_with_scores, select_topk, long rows"
+"""
+
+
+def test_memcheck_does_not_count_what_pytorch_asks_for_in_vain(tmp_path, monkeypatch):
+    """compute-sanitizer itself needs a GPU: one that only looks at what it is asked."""
+    tool = tmp_path / "compute-sanitizer"
+    tool.write_text(SANITIZER)
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    name = "tests/kernels/test_gpu.py::test_memcheck"
+    done = python("-m", "pytest", "-n0", "-q", "-m", "gpu", name)
+    assert "1 passed" in done.stdout, done.stdout[-4000:]
