@@ -1,7 +1,7 @@
 """`bench gpu` on the pretend GPU: ``python -m tests.pretend_gpu.dry_run --out DIR``.
 
-Every part at sizes of a CPU, in its share of the time. What its options are called, that files come
-about, that it ends: all but the figures. Options are those of `bench gpu`.
+Every part at sizes of a CPU, in its share of the time: what options are called, which files come
+about, that it ends. All but the figures. Options are those of `bench gpu`.
 """
 
 from __future__ import annotations
