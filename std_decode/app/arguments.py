@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,8 @@ written to stdout as it comes, everything else to stderr.
 
 --model is a folder or hub id of an image-text-to-text model; its processor and chat template make
 the prompt. That needs the extra [hub]: pip install "sparse-to-dense[hub]". Without --video and
---image the question is text only, and --model may be a text model too. Without --model the demo
+--image the question is text only, and --model may be a text model too; --prompt-file takes one of
+any length. Without --model the demo
 model that comes with the package narrates the video, or a rendered clip."""
 GENERATE_EXAMPLES = """\
 examples:
@@ -80,6 +82,22 @@ def question(text: str) -> str:
     return text
 
 
+def question_file(name: str) -> str:
+    """The question in a file, or, where `name` is "-", in what is piped in."""
+    try:
+        data = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
+    except (OSError, ValueError, AttributeError) as error:  # no such file; stdin is closed
+        why = getattr(error, "strerror", None) or str(error)
+        raise argparse.ArgumentTypeError(f"{name}: {why}, expected a file of text") from None
+    try:
+        text = data.decode().removeprefix("\ufeff")
+    except UnicodeDecodeError:
+        raise argparse.ArgumentTypeError(f"{name} is no UTF-8, expected a file of text") from None
+    if not text.strip():
+        raise argparse.ArgumentTypeError(f"{name} is empty, expected a file with a question")
+    return text
+
+
 def draft_length(text: str) -> int | str:
     return text if text == "auto" else whole_number(0, 63)(text)
 
@@ -97,8 +115,10 @@ def _positive(text: str, most: float = float("inf")) -> float:
 
 def add_own_model(group: Any) -> None:
     """Options of every command that takes a model of the user's."""
-    add = group.add_argument
+    add = group.add_mutually_exclusive_group().add_argument
     add("--prompt", type=question, metavar="TEXT", help="(default: Describe the video in detail.)")
+    add("--prompt-file", type=question_file, dest="prompt", metavar="FILE",
+        help="the prompt from a file, or - for stdin; as long as you like")  # fmt: skip
     add_loading(group)
 
 

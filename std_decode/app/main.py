@@ -52,7 +52,8 @@ each draft length: acceptance, tokens per dense pass, and the time of a round on
 
 Without --model the demo model narrates a rendered clip (under a minute). With --model M --video
 FILE, M is a folder or hub id of an image-text-to-text model, and needs the extra [hub]
-(torchvision, pillow, jinja2). The answer is generated some 20 times over: begin with few --frames.
+(torchvision, pillow, jinja2); with --prompt-file FILE instead of --video it may be a text model,
+and what competes is the text. The answer is generated some 20 times over: begin with few --frames.
 Needs matplotlib: pip install "sparse-to-dense[bench]"."""
 SPARSITY_EXAMPLES = """\
 examples:

@@ -1,6 +1,7 @@
 """`std-decode generate`, as a user meets it: the unpatched model's answer, and nothing else."""
 
 import inspect
+import io
 import json
 import os
 import subprocess
@@ -60,6 +61,20 @@ def test_a_text_model_answers(llama, capsys, sample):
     assert "ragged" in told.err  # a streamer of our own would force lockstep when sampling
 
 
+@pytest.mark.parametrize("where", ["file", "stdin"])
+def test_a_prompt_of_any_length_comes_from_a_file(llama, capsys, monkeypatch, tmp_path, where):
+    text = "Why, é so? " * 30
+    (tmp_path / "asked.txt").write_bytes(b"\xef\xbb\xbf" + text.encode())
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
+    name = str(tmp_path / "asked.txt") if where == "file" else "-"
+    told = []
+    for asked in (["--prompt", text], ["--prompt-file", name]):
+        arguments = ["--model", str(llama), *asked, "--max-new-tokens", "12", *DRAFTS]
+        assert cli.main(["generate", *arguments]) == 0
+        told.append(capsys.readouterr().out)
+    assert told[0] == told[1] and len(told[0]) > 10
+
+
 def test_without_a_chat_template_the_prompt_is_given_as_it_is(tmp_path, capsys):
     tiny.save_llama(tmp_path, template=None)
     arguments = ["--model", str(tmp_path), "--prompt", "Once upon", "--max-new-tokens", "40"]
@@ -114,6 +129,13 @@ def test_every_option_of_the_patch_comes_through():
         (["--model", ".", "--prompt", "a"], ".: has no config.json"),
         (["--prompt", ""], "--prompt: is empty, expected a question"),
         (["--model", "m", "--prompt", "\udcff"], "is no UTF-8, expected a question"),
+        (
+            ["--prompt-file", "no.txt"],
+            "--prompt-file: no.txt: No such file or directory, expected",
+        ),
+        (["--prompt-file", "."], "--prompt-file: .: Is a directory, expected a file of text"),
+        (["--prompt-file", "/dev/null"], "/dev/null is empty, expected a file with a question"),
+        (["--prompt", "a", "--prompt-file", __file__], "not allowed with argument --prompt"),
         (["--seed", "9223372036854775808"], "--seed: is 9223372036854775808, expected 0 to"),
         (["--draft-weights", "int4", "--draft-weights-cache", "no/a"], "no/a cannot be a file"),
         (["--model", "./m", "--prompt", "a", "--device", "toaster"], "'toaster' cannot be used"),

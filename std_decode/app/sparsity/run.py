@@ -39,8 +39,8 @@ def sparsity(options: argparse.Namespace) -> int:
 
 def _check(options: argparse.Namespace) -> None:
     """Refuse what would fail only after the work is done."""
-    if options.model is not None and options.video is None:
-        raise BadInput("--model needs a video to be asked about; give --video FILE")
+    if options.model is not None and options.video is None and options.prompt is None:
+        raise BadInput("--model needs something to be asked about; give --video or --prompt-file")
     check_question(options)
     if options.video is not None:
         refuse(

@@ -78,6 +78,18 @@ def test_sparsity_measures_a_model_from_a_folder(tmp_path, filmed, saved):
     assert min(size(tmp_path / "a.png")) > 600
 
 
+def test_sparsity_measures_a_text_model_on_a_long_text(tmp_path, llama, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "asked.txt").write_text("Why is it so, and what comes of it? " * 20)
+    arguments = ["--model", str(llama), "--prompt-file", "asked.txt", "--max-new-tokens", "8"]
+    arguments += ["--picture", "a.png", "--json", "b.json", "--top-k-keys", "16"]
+    assert cli.main(["sparsity", *arguments, "--draft-lengths", "2"]) == 0
+    found = json.loads((tmp_path / "b.json").read_text())
+    assert found["candidates"] > 100 and "text only" in found["about"]
+    assert found["keys"][-1]["agreement"] == 1
+    assert min(size(tmp_path / "a.png")) > 600
+
+
 HANDED_ON = """
 import json, sys
 from pathlib import Path
@@ -120,7 +132,7 @@ def test_the_processor_gets_the_frames_and_when_they_are(tmp_path, filmed, saved
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--model", "m"], "--model needs a video"),
+        (["--model", "m"], "--model needs something to be asked"),
         (["--prompt", "Why?"], "--prompt is for a model of yours"),
         (["--trust-remote-code"], "--trust-remote-code is for a model of yours"),
         (["--video", "nothing.mp4", "--seed", "0"], "--seed is for a rendered clip"),
