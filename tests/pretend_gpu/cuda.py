@@ -138,6 +138,14 @@ class Profile:
         return self.found
 
 
+class Generator(torch._C.Generator):
+    """Of the CPU's numbers, which are others than a GPU's."""
+
+    def __new__(cls, device: Any = "cpu") -> Any:
+        kind = torch.device(device).type
+        return super().__new__(cls, "cpu" if kind == "cuda" else device)
+
+
 class Guard:
     """`torch.cuda.device` and `torch.cuda.stream`."""
 

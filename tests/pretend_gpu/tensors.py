@@ -28,6 +28,10 @@ NO_LAUNCH = {
     aten.empty_strided.default, aten.new_empty_strided.default, aten.lift_fresh.default,
     aten._unsafe_view.default,
 }  # fmt: skip
+# What only CUDA has.
+ONLY_THERE = {
+    aten.bmm.dtype: lambda left, right, dtype: torch.bmm(left.to(dtype), right.to(dtype)),
+}
 ops: dict[str, Any] = {}  # launchers of std_kernels' Triton kernels, by the op's name
 
 
@@ -167,7 +171,7 @@ def execute(func: Any, args: tuple, kwargs: dict[str, Any], wraps: bool) -> Any:
         ledger.launch(str(func))
     if func.namespace == "std_kernels" and ops:
         ops[func._schema.name.partition("::")[2]](*plain_args)
-    results = func(*plain_args, **plain)
+    results = ONLY_THERE.get(func, func)(*plain_args, **plain)
     # What an operator writes to and returns is the very tensor that it was given.
     written = {id(x.held): x for x in _written(func, args, kwargs)}
 

@@ -66,6 +66,22 @@ def test_bench_decode(tmp_path):
     assert drafted and all(r["same_as_transformers"] == "7 of 7" for r in drafted)
 
 
+def test_bench_kernels(tmp_path):
+    """In bfloat16: rivals are right by the reference, captured, and timed."""
+    code = "import sys\nfrom bench.kernels import ops\nplain = ops.copy_case\n"
+    code += "ops.copy_case = lambda device, size: plain(device, 1 << 20)\n"
+    code += "from bench.__main__ import main\nsys.exit(main(sys.argv[1:]))"
+    done = python(
+        "-c", code, "kernels", "--quick", "--context", "512", "--top-k-keys", "64", "--op",
+        "score_keys", "select_topk", "--out", tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+    (path,) = tmp_path.glob("*.jsonl")
+    records = [json.loads(line) for line in path.read_text().splitlines()][1:]
+    assert {r["what"] for r in records if r["status"] == "ok"} > {"ours", "eager"}
+    assert not [r for r in records if r["status"] != "ok" or "relaunched" in r], records
+
+
 SANITIZER = """#!/bin/sh
 case "$*" in *"--report-api-errors no"*) ;; *) exit 99;; esac
 echo "verify_attention_with_scores, select_topk, long rows"
