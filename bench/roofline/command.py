@@ -15,6 +15,7 @@ from typing import Any
 
 from bench.arguments import between, new_parser
 from bench.models.dimensions import FOUR_BIT_BYTES, GROUP, SHAPES
+from bench.roofline import expected
 from bench.roofline.cells import make_cell
 from bench.roofline.devices import GPUS
 from bench.roofline.predictions import (
@@ -56,6 +57,11 @@ kernels, prefill, selecting keys, the text and the generated tokens that drafts 
 keys (raise --top-k-keys by them), talk between GPUs, unpacking 4-bit weights, sampling. So a
 speedup is a ceiling, and one a little above 1.00x will hardly be seen. Nor does it say whether a
 model understands so long a context, or accepts so many drafts.
+
+WHAT TO EXPECT. "expected" has launches, small kernels, the pace that each kind of kernel reaches
+and the selection in it: of today's code, passes captured and not compiled, over our own dense
+path. It is predicted as well, from machine code and published speeds of others
+(bench/roofline/expected.py).
 
 WHERE IT STARTS TO PAY. "pays from context" is the smallest context at this batch where drafting
 gains anything, "pays from batch" the smallest batch at this context. (At short contexts a larger
@@ -183,11 +189,13 @@ def records(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     contexts, batches = sorted({*options.context}), sorted({*options.batch})
     for model, gpu, context, batch in product(options.model, options.gpu, contexts, batches):
         cell = make_cell(options, model, gpu, batch, context)
-        yield _record(model, gpu, cell, "dense", False, cell.dense())
+        yield _record(model, gpu, cell, "dense", False, cell.dense(), 1.0)
         for four_bit, way in WAYS.items():
             drafting = cell.drafting(four_bit, *given)
             dense = options.draft_length is None and drafting.speedup <= 1
-            found = _record(model, gpu, cell, way, four_bit, cell.dense() if dense else drafting)
+            real = expected.drafting(cell, four_bit, *given)
+            best = cell.dense() if dense else drafting
+            found = _record(model, gpu, cell, way, four_bit, best, real.speedup)
             found |= dict(drafting_length=drafting.drafts, drafting_speedup=drafting.speedup)
             # The same for all cells of a row or column: what is searched for does not matter.
             row, column = replace(cell, context=1), replace(cell, batch=1)
@@ -197,7 +205,7 @@ def records(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 
 def _record(
-    model: str, gpu: str, cell: Cell, what: str, four_bit: bool, found: Prediction
+    model: str, gpu: str, cell: Cell, what: str, four_bit: bool, found: Prediction, real: float
 ) -> dict[str, Any]:
     return dict(
         model=model,
@@ -211,6 +219,7 @@ def _record(
         tokens_per_step=found.tokens,
         tokens_per_s=cell.batch * found.tokens / found.seconds,
         speedup=found.speedup,
+        expected_speedup=real,
         needed_bytes=cell.needed(four_bit),
         fits=cell.fits(GPUS[gpu], four_bit),
     )

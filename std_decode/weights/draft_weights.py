@@ -24,7 +24,7 @@ CACHED = 64 << 20  # weights of so few bytes are read from a cache, where fewer 
 MOST_SHARE = 0.5  # of the free memory; the rest is for KV caches
 # Rows of a draft from which 4 bits gain nothing: PyTorch's CUDA kernel reads the weights anew for
 # each 16 rows, its CPU kernel for each 4.
-MOST_ROWS = {"cuda": 32, "cpu": 8}
+MOST_ROWS = {"cuda": 16, "cpu": 8}
 
 
 @dataclass

@@ -16,7 +16,7 @@ import torch
 from bench.__main__ import main
 from bench.models import build
 from bench.models.dimensions import FOUR_BIT_BYTES, SHAPES, Shape
-from bench.roofline import sweep
+from bench.roofline import expected, sweep
 from bench.roofline.devices import GIB, GPUS, named
 from bench.roofline.predictions import Cell
 from std_decode.costs.workload import Device
@@ -85,6 +85,36 @@ def test_no_drafts_are_better_than_drafts_that_lose(predict, capsys):
     assert "do not draft: 1 would be 0.99x" in capsys.readouterr().out
     forced = of(predict("--draft-length", "1"), "bf16 drafts")
     assert forced["draft_length"] == 1 and forced["speedup"] == record["drafting_speedup"]
+
+
+@pytest.mark.parametrize(
+    ("rows", "context", "gain", "tokens_per_s"),
+    [
+        (1, 25000, 1.00, 149),
+        (8, 25000, 1.12, 946),
+        (32, 25000, 1.20, 2067),
+        (1, 131072, 1.07, 130),
+    ],
+)
+def test_what_is_expected_is_what_a_longer_sum_comes_to(rows, context, gain, tokens_per_s):
+    """Kernel by kernel and launch by launch: figures of Qwen2-VL-7B on an H200, 4-bit drafts."""
+    cell = Cell(SHAPES["qwen2-vl-7b"], GPUS["h200"].device, 1, rows, context, 1024)
+    found = expected.drafting(cell, True, 0.9)
+    assert found.speedup == pytest.approx(gain, abs=0.025)
+    assert rows * found.tokens / found.seconds == pytest.approx(tokens_per_s, rel=0.06)
+    if rows == 1 and context == 25000:
+        assert found.drafts == 0
+        assert expected.dense_seconds(cell) == pytest.approx(6.65e-3, rel=0.05)
+        assert expected.dense_seconds(cell, 5) == pytest.approx(7.2e-3, rel=0.06)
+        assert expected.draft_seconds(cell, True) == pytest.approx(5.64e-3, rel=0.01)
+        slower = replace(cell, device=GPUS["h100"].device)
+        assert expected.draft_seconds(slower, True) == pytest.approx(5.66e-3, rel=0.01)
+
+
+def test_no_more_is_expected_than_the_roofline_allows(predict):
+    for record in predict("--model", "all", "--batch", "1", "32", "--context", "8000").values():
+        if record["what"] != "dense":
+            assert record["expected_speedup"] <= record["speedup"] + 1e-9, record
 
 
 class AsDesigned(Shape):
