@@ -211,7 +211,9 @@ def test_the_kernels_table(results):
 
 def test_the_ceiling_is_that_of_the_roofline(tmp_path):
     lines = report_tables.ceiling(ROOT / "bench/results")
-    assert lines[2].startswith("| Qwen2-VL-7B (56 KiB of KV cache a token) | ceiling | 1.00x / 2.1")
+    assert lines[2].startswith(
+        "| Qwen2-VL-7B (56 KiB of KV cache a token) | ceiling | 1.00x / 2.1"
+    )
     assert lines[3].startswith("|  | expected today | 1.00x / 1.0")
     (tmp_path / "roofline.md").write_text("| model | GPU | 1 x 25,000 |\n")
     with pytest.raises(report_tables.Unclear, match="has no table of models on h200"):
