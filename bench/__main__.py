@@ -29,12 +29,12 @@ examples:
   python -m bench compile                       compile every kernel for five GPUs, without one
   python -m bench compile --arch sm_90 --op select_topk
   python -m bench decode --quick                 decoding, of a tiny model and the demo's
-  python -m bench demo --out bench/results       the figures of README's table of the demo
+  python -m bench demo --out bench/results       the figures of the demo, for docs/pays.md
   python -m bench exactness                      how many tokens differ in bfloat16, demo model
   python -m bench kernels --quick --out quick    each op beside its rivals, also on the CPU
   python -m bench prefill                        time to the first token, patched and unpatched
   python -m bench promises                       what passes take under each promise, in bfloat16
-  python -m bench report --check                 do README's tables say what the results say?
+  python -m bench report --check                 do the pages' tables say what the results do?
   python -m bench roofline --model qwen2-vl-7b --gpu h200 --batch 8 --context 25000
   python -m bench selection --out trial           rules of re-selection, on the demo model
   python -m bench tune --out tune               on a GPU: launch configurations for the table

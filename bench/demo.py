@@ -23,7 +23,7 @@ path and patched, their ratios, acceptance, tokens per dense pass, whether all t
 identical, and how many of the clip's attributes the narration tells right.
 
 For the tables of README and docs/pays.md run it on a quiet machine:
-python -m bench demo --out bench/results, then
+python -m bench demo --draft-length auto --out bench/results, then
 python -m bench report. The three ways take turns within a run, and ratios are medians of the
 turns' ratios, so a machine that slows down slows all of them.
 

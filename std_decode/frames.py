@@ -50,7 +50,7 @@ def read_video(path: Path, frames: int) -> Video:
 
     Raises:
         InputError: missing, a folder, empty, no video, cut off, without time stamps, or too large
-            (see media.py).
+            (see video/media.py).
     """
     deadline = Deadline(path)
     index = read_index(path, deadline)

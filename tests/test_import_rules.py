@@ -12,7 +12,7 @@ OP_FILES = {"score_keys", "select_topk", "sparse_attention", "verify_attention"}
 # `errors` and `stats` import nothing of ours, and are for all.
 ROOMS = """
     errors stats costs model weights passes rounds admission
-    generation classes options patching __init__
+    generation patched_class options patching __init__
     video frames inputs parallel demo app __main__
 """.split()
 APART = {"video", "frames", "inputs", "parallel", "demo"}  # know nothing of decoding

@@ -169,7 +169,10 @@ def _run(options: argparse.Namespace, clock: Callable[[], float], deadline: floa
         checkpoint=checkpoint(),
         copy_gb_per_s=bandwidth,
     )
-    results = tables.Results(options.out, about, options.resume)
+    again = {(plan.name, *cell) for plan in plans for cell in plan.cells}
+    again |= {(r["shape"], r["context"], r["batch"]) for plan in plans for r, _ in plan.refused}
+    again |= {(name, context, 1) for name, context, _ in again}  # the first token is of one row
+    results = tables.Results(options.out, about, options.resume, again)
     for number, plan in enumerate(plans):
         for record, why in plan.refused:
             results.skip(record, why)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -41,12 +42,24 @@ class Results:
     Args:
         about: the environment.
         resume: go on where an earlier run left off; what is `done` then is not kept twice.
+        again: shape, context and batch of what this run goes through. What an earlier one has
+            of others stays, whatever came of it.
     """
 
-    def __init__(self, out: Path | None, about: dict[str, Any], resume: bool = False):
+    def __init__(
+        self,
+        out: Path | None,
+        about: dict[str, Any],
+        resume: bool = False,
+        again: Collection[tuple] = (),
+    ):
         self.path = None if out is None else file_of(out, "decode", about["device"])
-        complete = (lambda record: record["status"] == "ok") if resume else None
-        self.journal = Journal(self.path, about, complete)
+
+        def complete(record: dict[str, Any]) -> bool:
+            place = tuple(record.get(name) for name in ("shape", "context", "batch"))
+            return record["status"] == "ok" or (bool(again) and place not in again)
+
+        self.journal = Journal(self.path, about, complete if resume else None)
         self.bad = False
         self._done = {_key(record) for record in self.records[1:]}
 

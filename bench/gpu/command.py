@@ -1,4 +1,4 @@
-"""One whole round on a GPU: test, time decoding, ops, prefill. All is on disk once it is known."""
+"""One whole round on a GPU, what matters most first. All is on disk once it is known."""
 
 from __future__ import annotations
 

@@ -76,8 +76,8 @@ def add_parser(commands: Any) -> None:
     add("--op", choices=OPS, nargs="+", default=list(OPS), metavar="OP",
         help=f"of {', '.join(OPS)} (default: all)")  # fmt: skip
     add("--shape", nargs="+", metavar="NAME",
-        help="models whose heads to take: see bench/models.py (default: a 7B and a 72B video LLM, "
-        "Llama-3-8B, and a 7B with as many KV heads as query heads)")  # fmt: skip
+        help="models whose heads to take: see bench/models/dimensions.py (default: a 7B and a 72B "
+        "video LLM, Llama-3-8B, and a 7B with as many KV heads as query heads)")  # fmt: skip
     add("--batch", type=count, nargs="+", metavar="B", help="rows (default 1 8 32; CPU 1 8)")
     add("--context", type=count, nargs="+", metavar="N",
         help="keys in the cache (default 8192 32768 131072 524288; CPU 8192 32768)")  # fmt: skip

@@ -193,7 +193,8 @@ def records(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         for four_bit, way in WAYS.items():
             drafting = cell.drafting(four_bit, *given)
             dense = options.draft_length is None and drafting.speedup <= 1
-            real = expected.drafting(cell, four_bit, *given)
+            peak = replace(cell, device=GPUS[gpu].device)  # it has efficiencies of its own
+            real = expected.drafting(peak, four_bit, *given)
             best = cell.dense() if dense else drafting
             found = _record(model, gpu, cell, way, four_bit, best, real.speedup)
             found |= dict(drafting_length=drafting.drafts, drafting_speedup=drafting.speedup)

@@ -32,7 +32,8 @@ class Efficiency:
             verified, in batches of `partials_from` rows or more.
         flops: share of the data sheet's throughput that a product reaches.
         launch: seconds that a small kernel and the gap before it take.
-        launches: of a layer, in a captured pass that is not compiled.
+        dense_launches, verify_launches, draft_launches, four_bit_launches: of a layer, in a
+            captured pass that is not compiled.
         select: seconds for the importance of a key in one layer, head and row.
         step, draft, round: seconds of the host and of choosing tokens, of a dense step, a draft
             and a round.
@@ -80,10 +81,11 @@ def draft_seconds(cell: Cell, four_bit: bool, by: Efficiency = TODAY) -> float:
     if four_bit:
         reached = cell.gpus * min(by.four_bit, by.product * by.copy * cell.device.bandwidth)
         read = math.ceil(cell.batch / by.four_bit_rows) * weights / reached
+    multiplied = 2 * cell.shape.active * cell.batch / (by.flops * cell.together.flops)
     keys = cell.batch * min(cell.keys, cell.context) * cell.kv_bytes
     launches = by.four_bit_launches if four_bit else by.draft_launches
     small = cell.shape.layers * launches * by.launch
-    return read + keys / (by.gather * bandwidth) + small
+    return max(read, multiplied) + keys / (by.gather * bandwidth) + small
 
 
 def drafting(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -84,9 +85,16 @@ def question(text: str) -> str:
 
 def question_file(name: str) -> str:
     """The question in a file, or, where `name` is "-", in what is piped in."""
+    if name == "-" and sys.stdin is None:
+        raise argparse.ArgumentTypeError("stdin is closed, expected text from it")
+    if name == "-" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise argparse.ArgumentTypeError("torchrun's processes share one stdin; give a file")
     try:
         data = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
-    except (OSError, ValueError, AttributeError) as error:  # no such file; stdin is closed
+    except KeyboardInterrupt:  # while it was typed in
+        print("std-decode: interrupted", file=sys.stderr)
+        sys.exit(130)
+    except (OSError, ValueError) as error:
         why = getattr(error, "strerror", None) or str(error)
         raise argparse.ArgumentTypeError(f"{name}: {why}, expected a file of text") from None
     try:

@@ -165,7 +165,9 @@ def _add_sparsity(commands: Any) -> None:
     add("--draft-lengths", type=whole_number(1, 63), nargs="+", metavar="G",
         default=[1, 2, 4, 8], help="to compare, besides none (default: 1 2 4 8)")  # fmt: skip
     own = sparsity.add_argument_group("a model of yours")
-    own.add_argument("--model", metavar="M", help="folder or hub id; needs --video")
+    own.add_argument(
+        "--model", metavar="M", help="folder or hub id; needs --video or --prompt-file"
+    )
     add_own_model(own)
     clip = sparsity.add_argument_group("a clip for the demo model")
     add = clip.add_argument

@@ -3,7 +3,7 @@
 On a GPU a decoding step of a 7B model in plain PyTorch waits for the host: some thousand kernels
 of a few microseconds each, launched one by one. A captured step is one launch. What is captured
 has to run without the host (no reads, no shapes that change) over tensors that stay where they
-are; engine.py and cache.py see to that.
+are; engine.py and model/cache.py see to that.
 """
 
 from __future__ import annotations

@@ -561,3 +561,16 @@ def test_a_machine_too_busy_to_time_is_told(prompt, monkeypatch):
     one.run(0)
     states = [record["status"] for record in one.results.of("decode")]
     assert states[-1] == "skipped: the machine is too busy to time it" and not one.results.bad
+
+
+def test_what_came_of_other_cells_stays_when_a_run_goes_on(tmp_path):
+    """`bench gpu` times one row first, and many later, into one file."""
+    about = {"device": "a GPU", "date": "today"}
+    one, many = (dict(kind="decode", shape="x", dtype="y", context=9, batch=b) for b in (1, 8))
+    first = tables.Results(tmp_path, about)
+    for where in (one, many):
+        first.keep({**where, "what": "dense", "status": "ok"})
+        first.wrong({**where, "what": "drafts"}, "wrong: 3 of 9 tokens")
+    again = tables.Results(tmp_path, about, True, {("x", 9, 8)})
+    kept = [(r["batch"], r["what"]) for r in again.records[1:]]
+    assert kept == [(1, "dense"), (1, "drafts"), (8, "dense")]

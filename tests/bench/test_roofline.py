@@ -112,7 +112,9 @@ def test_what_is_expected_is_what_a_longer_sum_comes_to(rows, context, gain, tok
 
 
 def test_no_more_is_expected_than_the_roofline_allows(predict):
-    for record in predict("--model", "all", "--batch", "1", "32", "--context", "8000").values():
+    for record in predict(
+        "--model", "all", "--batch", "1", "32", "512", "--context", "8000"
+    ).values():
         if record["what"] != "dense":
             assert record["expected_speedup"] <= record["speedup"] + 1e-9, record
 

@@ -1,4 +1,4 @@
-"""The one question asked of all models of families.py: same tokens?"""
+"""The one question asked of all models of families/: same tokens?"""
 
 from __future__ import annotations
 

@@ -106,7 +106,7 @@ TIMES = """
 """
 
 
-# A model of families.py with a batch, by every kind of rounds. Each rank has a seed of its own,
+# A model of families/ with a batch, by every kind of rounds. Each rank has a seed of its own,
 # and with "random" would draft as many tokens as it likes.
 FAMILY = """
     import random, sys

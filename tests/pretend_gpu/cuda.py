@@ -29,7 +29,7 @@ class Event:
         self.timed, self.at = enable_timing, None
 
     def record(self, stream: Any = None) -> None:
-        if ledger.capturing is not None:
+        if self.timed and ledger.capturing is not None:
             raise RuntimeError("an event that times is recorded while capturing")
         self.at = time.perf_counter()
 
@@ -78,13 +78,16 @@ class Stream:
 
 class Graph:
     recorder: Recorder | None = None
+    launches: Counter = Counter()
 
     def __init__(self, *_: Any, **__: Any):
         pass
 
     def replay(self) -> None:
         ledger.replays += 1
+        before = Counter(ledger.launches)
         self.recorder.replay()
+        ledger.launches = before + self.launches  # not what the stand-in copies its results with
 
     def reset(self) -> None:
         self.recorder = None
@@ -108,7 +111,7 @@ class Capture:
         self.recorder.undo()
         if error is None:
             ledger.captured.append(counted)
-            self.graph.recorder = self.recorder
+            self.graph.recorder, self.graph.launches = self.recorder, counted
 
 
 class Profile:

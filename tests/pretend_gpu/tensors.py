@@ -116,7 +116,8 @@ def compute(func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
     if func is aten.copy_.default and ours and others:
         return _copied_over(*args[:2])
     if ours and any(x.dim() for x in others):
-        if func not in INDEXING:
+        indices = tree_flatten(args[1])[0] if func in INDEXING else []
+        if any(x.dim() and not any(x is index for index in indices) for x in others):
             raise RuntimeError(
                 "Expected all tensors to be on the same device, but found at least two devices, "
                 f"cuda:0 and cpu! ({func})"

@@ -20,7 +20,7 @@ TIES = 3 / 2000  # that are no coincidence, of a case
 _HELP = """\
 Generates from random tiny models with random prompts and options, patched and unpatched, and
 compares the tokens, what streamers, processors and criteria saw, and the state of the random
-number generator: any family of tests/decode/families.py with pixels or text; videos, images and
+number generator: any family of tests/decode/families with pixels or text; videos, images and
 text in any order; batches, left padding, masks with holes; any draft length each round; few or
 all keys, re-selected or not, or random keys instead of the best, or none; EOS ids; processors and
 sampling; captured passes; buffers that grow in mid-answer; two calls one after the other.

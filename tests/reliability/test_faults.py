@@ -326,7 +326,8 @@ def interrupt_everywhere(case, lines, every=False, **options):
 # Multiples of a prime, so as to come to all parts of a round.
 @pytest.mark.parametrize("mode", ["ragged", "lockstep"])
 def test_an_interrupt_at_any_line(make_case, mode, monkeypatch):
-    monkeypatch.setattr(attention, "_switch_lock", threading.RLock())
+    monkeypatch.setattr(switch, "_switch_lock", threading.RLock())
+    monkeypatch.setattr(running_pass, "_stance_lock", threading.RLock())
     case = make_case("llama", seed=5, rows=2, eos=True, max_new_tokens=12)
     options = dict(do_sample=True) if mode == "ragged" else dict(
         logits_processor=LogitsProcessorList([Watches()])
@@ -338,7 +339,8 @@ def test_an_interrupt_at_any_line(make_case, mode, monkeypatch):
 @pytest.mark.timeout(7200)
 @pytest.mark.parametrize("mode", ["ragged", "lockstep"])
 def test_an_interrupt_at_every_line(make_case, mode, monkeypatch):
-    monkeypatch.setattr(attention, "_switch_lock", threading.RLock())
+    monkeypatch.setattr(switch, "_switch_lock", threading.RLock())
+    monkeypatch.setattr(running_pass, "_stance_lock", threading.RLock())
     case = make_case("llama", seed=5, max_new_tokens=6)
     options = dict(do_sample=True) if mode == "ragged" else dict(
         logits_processor=LogitsProcessorList([Watches()])
@@ -429,7 +431,7 @@ def test_fork(survives, moment):
     held = threading.Event()
 
     def hold():  # as a thread may at any time, though never for long
-        with switch._switch_lock:
+        with switch._switch_lock, running_pass._stance_lock:
             held.set()
             go_on.wait(60)
 
