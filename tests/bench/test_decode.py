@@ -565,7 +565,7 @@ def test_a_machine_too_busy_to_time_is_told(prompt, monkeypatch):
 
 def test_what_came_of_other_cells_stays_when_a_run_goes_on(tmp_path):
     """`bench gpu` times one row first, and many later, into one file."""
-    about = {"device": "a GPU", "date": "today"}
+    about = environment.environment(torch.device("cpu"))
     one, many = (dict(kind="decode", shape="x", dtype="y", context=9, batch=b) for b in (1, 8))
     first = tables.Results(tmp_path, about)
     for where in (one, many):
