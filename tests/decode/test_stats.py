@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import GenerationConfig
+from transformers import ContinuousBatchingConfig, GenerationConfig
 
 import std_decode
 from tests.decode.observers import Streams
@@ -59,7 +59,10 @@ def test_a_decoding_function_of_a_folder(case, tmp_path):
 def test_continuous_batching(case):
     prompt = case.inputs["input_ids"]
     greedy = GenerationConfig(max_new_tokens=4, do_sample=False, eos_token_id=-1)
-    told = case.model.generate_batch(prompt.tolist(), generation_config=greedy)
+    little = ContinuousBatchingConfig(num_blocks=8, max_batch_tokens=64)  # of all memory, else
+    told = case.model.generate_batch(
+        prompt.tolist(), generation_config=greedy, continuous_batching_config=little
+    )
     answer = case.plain[0, prompt.shape[1] :][:4].tolist()
     assert [one.generated_tokens for one in told.values()] == [answer]
     assert std_decode.last_stats(case.model).fallback == "continuous batching"
