@@ -1,6 +1,7 @@
 """Who may import whom, read from the source without running it."""
 
 import ast
+from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -97,6 +98,7 @@ def modules_of(folder: str) -> dict[str, Path]:
     return {name.removesuffix(".__init__"): path for name, path in names.items()}
 
 
+@cache
 def imports_between(folder: str) -> dict[str, set[str]]:
     """For each module those of the same folder that it imports, wherever in it; but for types."""
     modules, found = modules_of(folder), {}

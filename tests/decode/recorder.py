@@ -40,12 +40,10 @@ class Recorder(TorchDispatchMode):
         kwargs = kwargs or {}
         if func in HOST_READS:
             raise RuntimeError(f"operation not permitted when stream is capturing: {func}")
-        for argument, value in self.arguments(func, args, kwargs):
-            written = argument.alias_info is not None and argument.alias_info.is_write
-            for tensor in tensors(value) if written else []:
-                where = storage(tensor)
-                if where not in self.own and where not in self.before:
-                    self.before[where] = tensor, tensor.untyped_storage().clone()
+        for tensor in self.written(func, args, kwargs):
+            where = storage(tensor)
+            if where not in self.own and where not in self.before:
+                self.before[where] = tensor, tensor.untyped_storage().clone()
         results = func(*args, **kwargs)
         given = {storage(tensor) for tensor in tensors(args, kwargs)}
         fresh = [x for x in tensors(results) if storage(x) not in given]
@@ -54,9 +52,11 @@ class Recorder(TorchDispatchMode):
         return results
 
     @staticmethod
-    def arguments(func, args, kwargs):
+    def written(func, args, kwargs):
+        """The tensors among the arguments that the operator writes to."""
         names = func._schema.arguments
-        return [*zip(names, args), *((a, kwargs[a.name]) for a in names if a.name in kwargs)]
+        given = [*zip(names, args), *((a, kwargs[a.name]) for a in names if a.name in kwargs)]
+        return tensors([v for a, v in given if a.alias_info is not None and a.alias_info.is_write])
 
     def undo(self):
         for tensor, content in self.before.values():

@@ -11,7 +11,3 @@ What it cannot show is what kernels compute on a GPU, streams that overlap, and 
     python -m pytest -p tests.pretend_gpu.plugin -m gpu tests/decode/test_gpu.py
     PYTHONPATH=.:tests/pretend_gpu/site python -m bench decode ...  # any command, and its children
 """
-
-from tests.pretend_gpu.install import ledger, missing
-
-__all__ = ["ledger", "missing"]

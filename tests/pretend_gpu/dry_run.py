@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import os
 import sys
-from pathlib import Path
 from typing import Any
 
-from tests.pretend_gpu.install import install, missing
+from tests.pretend_gpu.install import install, missing, surroundings
 
-SITE = Path(__file__).parent / "site"
 SMALL = {"qwen2-vl-7b": "tiny", "25000": "200", "4096": "100", "32": "3", "8": "2", "41": "9"}
 MORE = {"decode": ["--context", "400"], "kernels": ["--quick", "--context", "512"]}
 
@@ -29,10 +27,8 @@ def main() -> int:
     if missing() is not None:
         print(f"no pretend GPU: {missing()}", file=sys.stderr)
         return 2
-    paths = [str(SITE.parents[2]), str(SITE), os.environ.get("PYTHONPATH", "")]
-    os.environ["PYTHONPATH"] = os.pathsep.join(paths)  # of the parts, which are processes
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    install(launchers=False)
+    os.environ.update(surroundings())  # of the parts, which are processes
+    install()
     from bench.__main__ import main as bench
     from bench.gpu import parts
 

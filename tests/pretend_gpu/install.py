@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from tests.pretend_gpu.ledger import ledger
+from tests.pretend_gpu.ledger import ROOT, ledger
 
 GUARD = Path(__file__).parent / "guard.cpp"
 
@@ -43,13 +43,14 @@ def _set_guard() -> None:
     ctypes.CDLL(str(library))
 
 
-def install(launchers: bool = True) -> None:
-    """Until the process ends.
+def surroundings() -> dict[str, str]:
+    """The environment of a process that runs on the pretend GPU, and those that it starts."""
+    paths = [str(ROOT), str(Path(__file__).parent / "site"), os.environ.get("PYTHONPATH", "")]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
 
-    Args:
-        launchers: whether Triton's launchers run, which compiles every variant of a kernel (1 to
-            3 s each, once, then from Triton's cache).
-    """
+
+def install() -> None:
+    """Until the process ends. Each variant of a Triton kernel is compiled when it is launched."""
     import torch._dynamo  # knows each function of torch.cuda by name, and no stand-ins
 
     from tests.pretend_gpu import cuda, driver, tensors
@@ -65,8 +66,4 @@ def install(launchers: bool = True) -> None:
     torch.__future__.set_overwrite_module_params_on_conversion(True)
     tensors.Mode().__enter__()
     ledger.installed = True
-    if launchers:
-        driver.install()
-
-
-__all__ = ["install", "ledger", "missing"]
+    driver.install()

@@ -8,13 +8,12 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
+from tests.decode import recorder
 from tests.pretend_gpu.ledger import ledger
 
 aten = torch.ops.aten
 DEVICE = torch.device("cuda", 0)
-HOST_READS = {
-    aten._local_scalar_dense.default, aten.item.default, aten.equal.default,
-    aten.is_nonzero.default, aten.nonzero.default, aten.masked_select.default,
+HOST_READS = recorder.HOST_READS | {
     aten._unique2.default, aten.unique_dim.default, aten.unique_consecutive.default,
     aten.bincount.default, aten.repeat_interleave.Tensor,
 }  # fmt: skip
@@ -145,14 +144,14 @@ def _copied(source: Any, kwargs: dict[str, Any]) -> Any:
         ledger.copy("d2h", "to")
         return func(source.held, **kwargs)
     if target.type == "cuda":
-        ledger.copy("h2d", "to" if source.dim() else "a number")
+        ledger.copy("h2d", "to")
         return PretendTensor(func(source, **kwargs))
     return func(source, **kwargs)
 
 
 def _copied_over(target: Any, source: Any) -> Any:
     if isinstance(target, PretendTensor):
-        ledger.copy("h2d", "copy_" if source.dim() else "a number")
+        ledger.copy("h2d", "copy_")
         target.held.copy_(source)
     else:
         ledger.copy("d2h", "copy_")
@@ -189,10 +188,8 @@ def _held(value: Any) -> Any:
 
 
 def _written(func: Any, args: tuple, kwargs: dict[str, Any]) -> list[PretendTensor]:
-    schema = func._schema.arguments
-    pairs = [*zip(schema, args), *((a, kwargs[a.name]) for a in schema if a.name in kwargs)]
-    values = [v for a, v in pairs if a.alias_info is not None and a.alias_info.is_write]
-    return [x for x in tree_flatten(values)[0] if isinstance(x, PretendTensor)]
+    written = recorder.Recorder.written(func, args, kwargs)
+    return [x for x in written if isinstance(x, PretendTensor)]
 
 
 _tensor = torch.tensor
