@@ -25,7 +25,7 @@ Runs one round on a GPU, in the order of what one would know if it ended there:
   prefill    time to the first token
   memcheck   every op under compute-sanitizer, where that is installed
 
-The first three take about four minutes of the nine (see --help of bench decode, kernels, prefill
+The first three have about four minutes of the nine (see --help of bench decode, kernels, prefill
 and promises). Nobody needs to watch: each part has its share of --seconds, what a part does not
 use is for those after it, and a part that fails or hangs costs the others nothing. What computes
 something wrong is reported and not timed. What did not fit is listed as out of time. A few lines
@@ -46,8 +46,9 @@ sources, versions and GPU. --resume EARLIER takes the files of EARLIER into DIR 
 machine on which DIR begins empty: put what came back from the run before into a folder that
 travels with the repository (git must not ignore it), and name it. Tests that passed are not run
 again, parts that are complete are left out, and figures that are there are kept; the time is for
-the rest. Run it until nothing is out of time; 240 seconds do for a second run. To publish, copy
-the .jsonl files but the first to bench/results and run python -m bench report.
+the rest. Run it until nothing is out of time; of 15 minutes a first run leaves 240 seconds for a
+second. To publish, copy the .jsonl files but the first to bench/results and run python -m bench
+report.
 
 Exit status: 0 if everything passed, 1 if something failed or is wrong, 2 without a GPU."""
 _EXAMPLES = """\

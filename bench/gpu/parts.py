@@ -108,8 +108,9 @@ def run_parts(
             continue
         weight = part.weight / sum(other.weight for other in rest[rest.index(part) :])
         seconds = weight * max(0.0, deadline - time.monotonic())
+        # A part before it may have begun its results file.
         adds = any(part.runs == earlier.runs for earlier in parts[: parts.index(part)])
-        journal.keep(time_part(part, out, about, seconds, resume, adds))
+        journal.keep(time_part(part, out, about, seconds, resume or adds))
     wanted = {part.name for part in parts}
     last = {r["part"]: r["passed"] for r in read(path)[1:] if r.get("part") in wanted}
     return 0 if all(last.values()) else 1
@@ -121,13 +122,9 @@ def _goes_on(record: Record) -> bool:
 
 
 def time_part(
-    part: Part, out: Path, about: Record, seconds: float, resume: bool = False, adds: bool = False
+    part: Part, out: Path, about: Record, seconds: float, resume: bool = False
 ) -> Record:  # fmt: skip
-    """Runs a part and says how it ended: whether it passed, and whether anything is left to do.
-
-    Args:
-        adds: whether a part before it has begun its results file.
-    """
+    """Runs a part and says how it ended: whether it passed, and whether anything is left to do."""
     out.mkdir(parents=True, exist_ok=True)
     results = file_of(out, part.runs, about["device"])
     journal = file_of(out, "round", about["device"])
@@ -140,7 +137,7 @@ def time_part(
         command = [sys.executable, "-m", "bench", part.runs, *part.options,
                    "--seconds", f"{box:.1f}", "--out", str(out.resolve())]  # fmt: skip
         command += ["--name", results.stem] if part.runs == "kernels" else []
-        command += ["--resume"] if resume or adds else []
+        command += ["--resume"] if resume else []
     started = time.monotonic()
     surroundings = {
         passed.JOURNAL: str(journal.resolve()),
@@ -159,7 +156,8 @@ def time_part(
     status = f"stopped after {took:.0f} s" if code is None else f"exit status {code}"
     # 5: of the tests none was left to run.
     complete = code in ((0, 1, 5) if part.runs == "pytest" else (0, 1))
-    complete &= not any(summary.is_late(r) for r in (read(results) if results.exists() else ()))
+    found = read(results) if results.exists() else []
+    complete &= not any(map(summary.is_late, summary.of(part.name, found)))
     _tell(part, out, about, f"{part.name}: {status}, {took:.0f} s of {seconds:.0f}")
     if code not in (0, 1, 5):
         _say(summary.tail(out / LOG, begun))

@@ -81,7 +81,7 @@ def test_time_is_shared_and_what_is_left_is_for_the_rest(tmp_path, about, monkey
     use |= {"many": 1.0, "prefill": 1.0, "memcheck": 1.0}
     adding = []
 
-    def time_part(part, out, about, seconds, resume, adds):
+    def time_part(part, out, about, seconds, adds):
         given[part.name] = seconds
         adding.extend([part.name] * adds)
         now[0] += use[part.name] * seconds
@@ -108,9 +108,12 @@ def test_time_is_shared_and_what_is_left_is_for_the_rest(tmp_path, about, monkey
 def test_the_commands_know_what_they_are_asked(part):
     if part.runs == "pytest":
         command = [sys.executable, "-m", "pytest", "-n0", "--collect-only", "-q", *part.options]
+        if part.name == "tests":
+            command += [name for name in parts._tests() if name.endswith(".py")]
         done = subprocess.run(command, cwd=environment.ROOT, capture_output=True, text=True)
-        wanted = {"identity": "one_shape", "memcheck": "test_memcheck"}.get(part.name, "")
-        assert part.name == "tests" or done.returncode == 0 and wanted in done.stdout
+        wanted = {"identity": "one_shape", "tests": "one_synch", "memcheck": "test_memcheck"}
+        assert done.returncode == 0 and wanted[part.name] in done.stdout
+        assert ("test_memcheck" in done.stdout) == (part.name == "memcheck")
         return
     parser = argparse.ArgumentParser()
     import_module(COMMANDS[part.runs]).add_parser(parser.add_subparsers())
@@ -281,6 +284,19 @@ def test_it_ends_what_it_started_when_it_is_ended(tmp_path, end):
     assert process.wait(20) == (143 if end == signal.SIGTERM else -end)
     time.sleep(0.3)
     assert not is_running(child)
+
+
+def test_parts_of_one_file_are_complete_each_by_its_own():
+    """What "one" had no time for does not send "many" through it all again, nor the reverse."""
+    late = "skipped: out of time"
+    found = [
+        dict(kind="decode", shape="qwen2-vl-7b", batch=1, status=late),
+        dict(kind="first", shape="qwen2-vl-7b", batch=1, status=late),
+        dict(kind="decode", shape="qwen2-vl-7b", batch=8, status="ok"),
+        dict(kind="first", shape="demo", batch=1, status="ok"),
+    ]
+    assert summary.of("one", found) == found[:2] and summary.of("many", found) == found[2:]
+    assert summary.of("kernels", found) == found
 
 
 def test_a_summary_of_all_fits_where_little_is_shown():
