@@ -11,12 +11,14 @@ from bench.models.dimensions import SHAPES
 from bench.records import Record, markdown_table, read
 from bench.roofline import expected
 from bench.roofline.devices import GPUS
+from bench.roofline.expected import TODAY
 from bench.roofline.predictions import Cell
 
 NAME = "gpu-notes.md"
 SHAPE, CONTEXT = "qwen2-vl-7b", 25000
 KNOWN = ("H200", "H100")  # that there are predictions for, in this order
-INT4 = "ours, forced acceptance 0.9, int4 drafts"
+ROWS, DRAFTS, KEYS, ACCEPTANCE = (1, 8, 32), 4, 1024, 0.9  # as `bench gpu` asks for
+INT4 = f"ours, forced acceptance {ACCEPTANCE}, int4 drafts"
 
 
 class Step(NamedTuple):
@@ -32,14 +34,13 @@ class Step(NamedTuple):
 # each launch and small kernel; machine code compiled for sm_90 told how much is in flight. Against
 # ten published figures of decoding on A100 and H100 the same sum was within 12%.
 STEPS = (
-    Step("ours, dense", "dense", (6.65, 8.43), 41),
-    Step(INT4, "verify", (7.2,), 49),
-    Step(INT4, "draft", (5.64, 5.66), 45),
+    Step("ours, dense", "dense", (6.65, 8.43), TODAY.dense_launches),
+    Step(INT4, "verify", (7.2,), TODAY.verify_launches),
+    Step(INT4, "draft", (5.64, 5.66), TODAY.four_bit_launches),
     Step("ours, dense, compiled", "dense", (5.36, 7.14), 20),
     Step(f"{INT4}, compiled", "verify", (5.7,), 25),
     Step(f"{INT4}, compiled", "draft", (4.18, 4.19), 21),
 )
-ROWS, DRAFTS, KEYS, ACCEPTANCE = (1, 8, 32), 4, 1024, 0.9  # as `bench gpu` asks for
 
 
 def page(results: Path) -> str | None:
@@ -76,20 +77,18 @@ def _part(about: Record, records: list[Record]) -> str:
 
 
 def _step(step: Step, place: int | None, records: list[Record]) -> list[str]:
-    told = place is not None and place < len(step.milliseconds)
-    predicted = step.milliseconds[place] if told and place is not None else None
+    predicted = None if place is None else dict(enumerate(step.milliseconds)).get(place)
     found = next(
         (r for r in records if r["kind"] == "pass" and r["batch"] == 1
          and (r["what"], r["pass"]) == (step.what, step.name)), None,
     )  # fmt: skip
     took = None if found is None else found["ms"]
     launches = found and found.get("kernels") and f"{found['kernels'] / found['layers']:.1f}"
-    both = predicted is not None and took is not None
     return [
         f"{step.what}: {step.name}",
         _number(predicted),
         _number(took),
-        f"{took / predicted:.2f}" if both and predicted and took else "-",
+        _number(took / predicted if took and predicted else None),
         str(step.launches),
         launches or "-",
     ]

@@ -9,8 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from bench.roofline.predictions import MOST_DRAFTS, Cell, Prediction
-from std_decode.costs.workload import expected_tokens
+from bench.roofline.predictions import Cell, Prediction, best_round
 
 
 @dataclass(frozen=True)
@@ -100,12 +99,9 @@ def drafting(
     draft = draft_seconds(cell, four_bit, by) + by.draft
     heads = cell.shape.layers * cell.shape.kv_heads * cell.batch
     select = by.select * heads * cell.context
-    best = Prediction(0, dense, 1.0, 1.0)
-    for drafts in (length,) if length else range(1, MOST_DRAFTS + 1):
-        verify = dense_seconds(cell, drafts + 1, by)
-        seconds = drafts * draft + verify + select + by.round
-        tokens = expected_tokens(acceptance, drafts)
-        found = Prediction(drafts, seconds, tokens, tokens * dense / seconds)
-        if length or found.speedup > best.speedup:
-            best = found
-    return best
+
+    def seconds(drafts: int) -> float:
+        return drafts * draft + dense_seconds(cell, drafts + 1, by) + select + by.round
+
+    found = best_round(dense, seconds, acceptance, length)
+    return found if length or found.speedup > 1 else Prediction(0, dense, 1.0, 1.0)

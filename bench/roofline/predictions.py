@@ -83,14 +83,12 @@ class Cell:
 
     def drafting(self, four_bit: bool, acceptance: float, length: int | None = None) -> Prediction:
         """At this draft length, or the best of 1 to 63, which may lose against none at all."""
-        dense, draft = self.dense_seconds(), self.draft_seconds(four_bit)
-        best = Prediction(0, 0.0, 0.0, 0.0)
-        for drafts in (length,) if length else range(1, MOST_DRAFTS + 1):
-            seconds = drafts * draft + self.dense_seconds(drafts + 1)
-            tokens = _tokens(acceptance, drafts)
-            found = Prediction(drafts, seconds, tokens, tokens * dense / seconds)
-            best = max(best, found, key=lambda one: one.speedup)
-        return best
+        draft = self.draft_seconds(four_bit)
+
+        def seconds(drafts: int) -> float:
+            return drafts * draft + self.dense_seconds(drafts + 1)
+
+        return best_round(self.dense_seconds(), seconds, acceptance, length)
 
     def needed(self, four_bit: bool) -> float:
         """Bytes of weights and KV cache on all GPUs."""
@@ -110,6 +108,22 @@ class Cell:
             return cell.drafting(four_bit, acceptance, length).speedup > 1
 
         return _smallest(pays, most)
+
+
+def best_round(
+    dense: float, seconds: Callable[[int], float], acceptance: float, length: int | None = None
+) -> Prediction:
+    """Of rounds of 1 to 63 drafts, or of `length`: it may lose against none at all.
+
+    Args:
+        dense: seconds of a dense step.
+        seconds: of a round of so many drafts.
+    """
+    rounds = []
+    for drafts in (length,) if length else range(1, MOST_DRAFTS + 1):
+        took, tokens = seconds(drafts), _tokens(acceptance, drafts)
+        rounds.append(Prediction(drafts, took, tokens, tokens * dense / took))
+    return max(rounds, key=lambda one: one.speedup)
 
 
 def _smallest(holds: Callable[[int], bool], most: int) -> int | None:
