@@ -18,8 +18,8 @@ written to stdout as it comes, everything else to stderr.
 --model is a folder or hub id of an image-text-to-text model; its processor and chat template make
 the prompt. That needs the extra [hub]: pip install "sparse-to-dense[hub]". Without --video and
 --image the question is text only, and --model may be a text model too; --prompt-file takes one of
-any length. Without --model the demo
-model that comes with the package narrates the video, or a rendered clip."""
+any length. Without --model the demo model that comes with the package narrates the video, or a
+rendered clip."""
 GENERATE_EXAMPLES = """\
 examples:
   std-decode generate

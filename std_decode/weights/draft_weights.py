@@ -127,7 +127,7 @@ def prepare(
     if cache is None:
         twins.make(model)
     else:
-        twin_cache.make(model, twins, Path(cache))
+        twin_cache.make(model, twins, cache)
     return DraftWeights(twins, because, most_rows)
 
 
