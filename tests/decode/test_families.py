@@ -12,9 +12,9 @@ from std_decode import generation
 from std_decode.rounds.loop import Decoding
 from tests.decode.families import FAMILIES, IMAGE, VIDEO
 from tests.decode.families.table import in_text, table
+from tests.decode.seeds import seeds
 
 EVERY_KEY = 10_000
-SEEDS = [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 10))]
 SEEING = [name for name, family in FAMILIES.items() if family.sees != "text"]
 PAGE = Path(__file__).parents[2] / "docs" / "models.md"
 
@@ -44,7 +44,7 @@ def tokens(result):
     return result if isinstance(result, torch.Tensor) else result.sequences
 
 
-@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("seed", seeds(10, ordinary=1))
 @pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_same_tokens_as_unpatched(make, visual, family, rows, seed):

@@ -16,6 +16,7 @@ from transformers import (
 import std_decode
 from std_decode.rounds.loop import Decoding
 from tests.decode.observers import Streams, Watches
+from tests.decode.seeds import seeds
 
 PATCH = dict(draft_length=4, top_k_keys=6)
 FAMILIES = ("qwen2_vl", "llava_onevision")
@@ -52,60 +53,60 @@ def ending(case, how, letters):
     return {}
 
 
+@pytest.mark.parametrize("seed", seeds(2, ordinary=1))
 @pytest.mark.parametrize("how", ["eos", "strings", "length"])
 @pytest.mark.parametrize("rows", [2, 3, 5])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_ragged_batches_say_the_same(make_case, letters, family, rows, how):
+def test_ragged_batches_say_the_same(make_case, letters, family, rows, how, seed):
     """With an EOS id ended rows are padded; without one they go on until the last has ended."""
-    for seed in range(2):
-        case = make_case(family, seed, rows, max_new_tokens=21)
-        options = ending(case, how, letters)
-        for do_sample in (False, True):
-            expected = case.generate(do_sample=do_sample, **options)
-            for draft_length in (1, 4):
-                with std_decode.patched(case.model, draft_length=draft_length, top_k_keys=6):
-                    got = case.generate(do_sample=do_sample, **options)
-                    assert std_decode.last_stats(case.model).mode == "ragged"
-                case.assert_same_tokens(expected, got, do_sample=do_sample, **options)
+    case = make_case(family, seed, rows, max_new_tokens=21)
+    options = ending(case, how, letters)
+    for do_sample in (False, True):
+        expected = case.generate(do_sample=do_sample, **options)
+        for draft_length in (1, 4):
+            with std_decode.patched(case.model, draft_length=draft_length, top_k_keys=6):
+                got = case.generate(do_sample=do_sample, **options)
+                assert std_decode.last_stats(case.model).mode == "ragged"
+            case.assert_same_tokens(expected, got, do_sample=do_sample, **options)
 
 
+@pytest.mark.parametrize("seed", seeds(2, ordinary=1))
 @pytest.mark.parametrize("how", ["eos", "strings", "length", "criterion", "criterion+eos"])
 @pytest.mark.parametrize("rows", [2, 5])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_lockstep_batches_show_the_same_at_every_step(make_case, letters, family, rows, how):
+def test_lockstep_batches_show_the_same_at_every_step(make_case, letters, family, rows, how, seed):
     """Scores, logits, streamer calls, processor calls and criterion calls, padding included."""
-    for seed in range(2):
-        case = make_case(family, seed, rows, max_new_tokens=21)
-        prompt = case.inputs["input_ids"].shape[1]
-        options = ending(case, how.split("+")[-1], letters)
-        full = dict(return_dict_in_generate=True, output_scores=True, output_logits=True)
-        for do_sample in (False, True):
+    case = make_case(family, seed, rows, max_new_tokens=21)
+    prompt = case.inputs["input_ids"].shape[1]
+    options = ending(case, how.split("+")[-1], letters)
+    full = dict(return_dict_in_generate=True, output_scores=True, output_logits=True)
+    for do_sample in (False, True):
 
-            def run():
-                processor, streamer, criterion = Watches(), Streams(), Ends(prompt)
-                own = dict(stopping_criteria=StoppingCriteriaList([criterion]))
-                result = case.generate(
-                    do_sample=do_sample,
-                    streamer=streamer,
-                    logits_processor=LogitsProcessorList([processor]),
-                    **(own if "criterion" in how else {}),
-                    **options,
-                    **full,
-                )
-                return result, processor.calls, streamer.calls, criterion.calls
+        def run():
+            processor, streamer, criterion = Watches(), Streams(), Ends(prompt)
+            own = dict(stopping_criteria=StoppingCriteriaList([criterion]))
+            result = case.generate(
+                do_sample=do_sample,
+                streamer=streamer,
+                logits_processor=LogitsProcessorList([processor]),
+                **(own if "criterion" in how else {}),
+                **options,
+                **full,
+            )
+            return result, processor.calls, streamer.calls, criterion.calls
 
-            expected, *calls = run()
-            with std_decode.patched(case.model, **PATCH):
-                got, *ours = run()
-                stats = std_decode.last_stats(case.model)
-            assert stats.mode == "lockstep" and stats.rounds > 0
-            assert "Watches" in stats.lockstep_because and "Watches" in str(stats)
-            assert torch.equal(expected.sequences, got.sequences)
-            assert all(map(same_calls, calls, ours))
-            for name in ("scores", "logits"):
-                assert len(expected[name]) == len(got[name])
-                for plain, patched in zip(expected[name], got[name]):
-                    torch.testing.assert_close(plain, patched, atol=1e-4, rtol=1e-4)
+        expected, *calls = run()
+        with std_decode.patched(case.model, **PATCH):
+            got, *ours = run()
+            stats = std_decode.last_stats(case.model)
+        assert stats.mode == "lockstep" and stats.rounds > 0
+        assert "Watches" in stats.lockstep_because and "Watches" in str(stats)
+        assert torch.equal(expected.sequences, got.sequences)
+        assert all(map(same_calls, calls, ours))
+        for name in ("scores", "logits"):
+            assert len(expected[name]) == len(got[name])
+            for plain, patched in zip(expected[name], got[name]):
+                torch.testing.assert_close(plain, patched, atol=1e-4, rtol=1e-4)
 
 
 def forced(monkeypatch, accepted):
