@@ -19,8 +19,9 @@ HEAD_DIMS = (64, 120, 128, 256)  # 120 fills no tile, and rows of it begin at mu
 # How many of the bytes loaded in loops may come in pieces of less than 16, by part of the kernel's
 # name. A row's lse and masks take some; a gather takes a 4-byte index or two for every 16-byte
 # piece; a merge reads little. A tile in 2-byte loads is half of the bytes or all of them, and
-# beside a gather's indices over 60%.
-MAX_NARROW = {"merge": 1.0, "sparse": 0.6, "": 0.25}
+# beside a gather's indices over 60%. A sample is of single keys. Where
+# 16 warps read a row again, a thread has 8 keys, and 8 bytes of each mask of them.
+MAX_NARROW = {"merge": 1.0, "sample": 1.0, "list": 0.4, "sparse": 0.6, "": 0.25}
 _HELP = """\
 Compiles each kernel as the launch table would launch it, for sm_80, sm_90, sm_100, sm_120 and
 gfx942. No GPU is needed. The exit status is 1 if a kernel

@@ -1,12 +1,22 @@
-"""select_topk in Triton: a radix select that counts in 8-bit digits, without atomics.
+"""select_topk in Triton: a sample of a row says which few of its scores to look at.
 
-A score becomes a uint32 in the same order. Four passes count the digits of the keys that share
-the digits found so far, which narrows the k-th largest down to one key; a last pass writes the
-positions of what is over it and of as many equal to it as there is room for, by prefix sums in
-position order. Bytes moved: each score five times, all but the first from L2 where the scores fit
-it. Short rows take one launch, long ones five, a chunk of a row to a program.
+A score becomes a uint32 in the same order. `sample` takes one key of each of S equal parts of a
+row and finds a floor that the k best should reach, and few others. `filter` reads every score
+once and lists the positions that reach it. `list` takes the k best of the list: the k-th largest
+key, found bit by bit in registers, then prefix sums in position order. A list that is too short
+or too long, of luck or of scores that tie, is no good: then the same program reads its row again
+and again, two bits at a time. So the floor decides the time and never the result.
+
+Bytes moved: each score once, and a sector for each of the sample. Rows that fit a program's
+registers take one launch, longer ones three.
+
+Predicted for [28, 1, 4, 132352], k = 1024, on an H200 (132 SMs, 1.85 GHz, 2.5 instructions a
+cycle and SM), by instructions of a warp in the machine code compiled for sm_90: filter 1904
+programs of 8 warps, 1,100 each, 27 us; sample 112 of 8, 1,700 each, 3 us on an SM of its own;
+list 112 of 8, 2,900 each, 5 us; three launches 6 us. Together 41 us, where 59 MB take 16.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -17,21 +27,26 @@ from torch import Tensor
 from std_kernels import _tuning
 from std_kernels._device import Spec, aot_spec
 
-_BINS = tl.constexpr(256)
 # What a key that may not be selected, and one that must be, counts as.
 _NEVER = tl.constexpr(0)
 _FORCED = tl.constexpr(0xFFFFFFFF)
+_WORD = tl.constexpr(32)
 
 
 @triton.jit
 def _keys(
     scores_ptr, candidates_ptr, always_ptr,
     scores_at, candidates_at, always_at,  # where the row's [N] begin, from _row_at
-    n, in_row,  # [BLOCK_N]
+    n, N,
 ):  # fmt: skip
-    """Scores as uint32 in the same order: equal zeros, _NEVER and _FORCED by the op's rules."""
+    """Scores at n as uint32 in the same order: equal zeros, _NEVER and _FORCED by the op's rules.
+
+    Positions of N or more are _NEVER.
+    """
+    in_row = n < N
     # On bits, not floats: a GPU may flush denormals, and NaN compares differ between backends.
-    bits = tl.load(scores_ptr + scores_at + n, mask=in_row, other=0.0).to(tl.uint32, bitcast=True)
+    bits = tl.load(scores_ptr + scores_at + n, mask=in_row, other=float("-inf"))
+    bits = bits.to(tl.uint32, bitcast=True)
     magnitude = bits & 0x7FFFFFFF
     # -0 has to tie with +0.
     bits = tl.where(magnitude == 0, magnitude, bits)
@@ -48,39 +63,23 @@ def _keys(
 
 
 @triton.jit
-def _count_digits(
-    counts,  # [256]
-    keys, in_row,  # [BLOCK_N]
-    prefix,
-    PASS: tl.constexpr,
-):  # fmt: skip
-    """Adds to `counts` the digits of pass PASS of the keys that agree with `prefix` so far."""
-    digits = ((keys >> (24 - 8 * PASS)) & 255).to(tl.int32)
-    if PASS == 0:
-        counts += tl.histogram(digits, _BINS, mask=in_row)
-    else:
-        agree = in_row & ((keys >> (32 - 8 * PASS)) == (prefix >> (32 - 8 * PASS)))
-        # From the second pass on most blocks hold none, and a histogram is 64 ballots a warp.
-        if tl.max(agree.to(tl.int32), axis=0) > 0:
-            counts += tl.histogram(digits, _BINS, mask=agree)
-    return counts
-
-
-@triton.jit
-def _narrow(counts, prefix, need, PASS: tl.constexpr):
-    """The digit of the need-th largest key: prefix with it, need within it, its bin, its count."""
-    bins = tl.arange(0, _BINS)
-    at_least = tl.sum(counts, axis=0) - tl.cumsum(counts, axis=0) + counts
-    digit = tl.max(tl.where(at_least >= need, bins, 0), axis=0)
-    above = tl.sum(tl.where(bins > digit, counts, 0), axis=0)
-    count = tl.sum(tl.where(bins == digit, counts, 0), axis=0)
-    return prefix | (digit.to(tl.uint32) << (24 - 8 * PASS)), need - above, digit, count
+def _threshold(keys, least, most):
+    """The largest value that at least `least` keys reach, or one that at most `most` do too."""
+    threshold = tl.full((), 0, tl.uint32)
+    bit = tl.full((), 0x80000000, tl.uint32)
+    while bit > 0:
+        trial = threshold | bit
+        reached = tl.sum((keys >= trial).to(tl.int32), axis=0)
+        enough = reached >= least
+        threshold = tl.where(enough, trial, threshold)
+        bit = tl.where(enough & (reached <= most), bit ^ bit, bit >> 1)
+    return threshold
 
 
 @triton.jit
 def _write_block(
     indices_ptr,  # [K], the row's
-    keys, n, in_row,  # [BLOCK_N]
+    keys, n,  # [BLOCK_N]
     threshold, first, last,
     above, tied,
 ):  # fmt: skip
@@ -88,18 +87,18 @@ def _write_block(
 
     `above` and `tied` count both kinds in what lies before the block, and are returned advanced.
     """
-    is_above = in_row & (keys > threshold)
-    is_tied = in_row & (keys == threshold)
-    # One scan for both counts, 16 bits each: a block has fewer than 2^15 keys.
-    packed = is_above.to(tl.int32) + (is_tied.to(tl.int32) << 16)
+    is_above = keys > threshold
+    is_tied = keys == threshold
+    # One scan for both counts, 16 bits each: a block has at most 2^15 keys.
+    packed = is_above.to(tl.uint32) + (is_tied.to(tl.uint32) << 16)
     scan = tl.cumsum(packed, axis=0)
-    rank = tied + (scan >> 16)
+    rank = tied + (scan >> 16).to(tl.int32)
     taken = is_above | (is_tied & (rank > first) & (rank <= last))
     ties_taken = tl.minimum(tl.maximum(rank - first, 0), last - first)
-    slot = above + (scan & 0xFFFF) + ties_taken - 1
+    slot = above + (scan & 0xFFFF).to(tl.int32) + ties_taken - 1
     tl.store(indices_ptr + slot, n, mask=taken)
     total = tl.sum(packed, axis=0)
-    return above + (total & 0xFFFF), tied + (total >> 16)
+    return above + (total & 0xFFFF).to(tl.int32), tied + (total >> 16).to(tl.int32)
 
 
 @triton.jit
@@ -130,151 +129,238 @@ def _row_at(
     return at, b * stride_candidates_b, b * stride_always_b
 
 
+@triton.jit
+def _take_best(indices_ptr, keys, n, K, BLOCK: tl.constexpr):
+    """Writes the K best of keys [BLOCK] at ascending positions n; those of no row are _NEVER."""
+    threshold = _threshold(keys, K, K)
+    count = tl.sum((keys == threshold).to(tl.int32), axis=0)
+    need = K - tl.sum((keys > threshold).to(tl.int32), axis=0)
+    first, last = _tie_ranks(threshold, need, count)
+    _write_block(indices_ptr, keys, n, threshold, first, last, 0, 0)
+    _pad(indices_ptr, K - need + last - first, K, BLOCK)
+
+
+@triton.jit
+def _take_best_of_row(
+    scores_ptr, candidates_ptr, always_ptr, scores_at, candidates_at, always_at,
+    indices_ptr,  # [K], the row's
+    N, K,
+    BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """The same of a whole row, which is read 18 times."""
+    offsets = tl.arange(0, BLOCK_N)
+    threshold = tl.full((), 0, tl.uint32)
+    for p in tl.range(16):
+        step = tl.full((), 1, tl.uint32) << (30 - 2 * p)
+        one = tl.zeros((BLOCK_N,), tl.int32)
+        two = tl.zeros((BLOCK_N,), tl.int32)
+        three = tl.zeros((BLOCK_N,), tl.int32)
+        for n0 in tl.range(0, N, BLOCK_N):
+            n = n0 + offsets
+            keys = _keys(
+                scores_ptr, candidates_ptr, always_ptr, scores_at, candidates_at, always_at, n, N
+            )
+            one += (keys >= threshold + step).to(tl.int32)
+            two += (keys >= threshold + 2 * step).to(tl.int32)
+            three += (keys >= threshold + 3 * step).to(tl.int32)
+        digit = (tl.sum(one, axis=0) >= K).to(tl.uint32)
+        digit += (tl.sum(two, axis=0) >= K).to(tl.uint32)
+        digit += (tl.sum(three, axis=0) >= K).to(tl.uint32)
+        threshold += digit * step
+
+    above = tl.zeros((BLOCK_N,), tl.int32)
+    tied = tl.zeros((BLOCK_N,), tl.int32)
+    for n0 in tl.range(0, N, BLOCK_N):
+        n = n0 + offsets
+        keys = _keys(
+            scores_ptr, candidates_ptr, always_ptr, scores_at, candidates_at, always_at, n, N
+        )
+        above += (keys > threshold).to(tl.int32)
+        tied += (keys == threshold).to(tl.int32)
+    need = K - tl.sum(above, axis=0)
+    first, last = _tie_ranks(threshold, need, tl.sum(tied, axis=0))
+    over = 0
+    ties = 0
+    for n0 in tl.range(0, N, BLOCK_N):
+        n = n0 + offsets
+        keys = _keys(
+            scores_ptr, candidates_ptr, always_ptr, scores_at, candidates_at, always_at, n, N
+        )
+        over, ties = _write_block(indices_ptr, keys, n, threshold, first, last, over, ties)
+    _pad(indices_ptr, K - need + last - first, K, BLOCK_N)
+
+
 @triton.jit(do_not_specialize=["B", "Hkv", "K"])
 def _select_topk_row_kernel(
     scores_ptr, candidates_ptr, always_ptr,  # [L, B, Hkv, N], [B, N] or None, [B, N] or None
     indices_ptr,  # [L * B * Hkv, K]
     stride_scores_l, stride_scores_b, stride_scores_h, stride_candidates_b, stride_always_b,
     B, Hkv, N, K,
-    BLOCK_N: tl.constexpr,
+    ROOM: tl.constexpr,
 ):  # fmt: skip
-    """Grid (L * B * Hkv,): a row per program, everything in one launch."""
+    """Grid (L * B * Hkv,): a row of at most ROOM scores per program."""
+    row = tl.program_id(0).to(tl.int64)
+    scores_at, candidates_at, always_at = _row_at(
+        stride_scores_l, stride_scores_b, stride_scores_h, stride_candidates_b, stride_always_b,
+        row, B, Hkv,
+    )  # fmt: skip
+    n = tl.arange(0, ROOM)
+    keys = _keys(scores_ptr, candidates_ptr, always_ptr, scores_at, candidates_at, always_at, n, N)
+    _take_best(indices_ptr + row * K, keys, n, K, ROOM)
+
+
+@triton.jit(do_not_specialize=["B", "Hkv", "least", "most"])
+def _select_topk_sample_kernel(
+    scores_ptr, candidates_ptr, always_ptr,  # [L, B, Hkv, N], [B, N] or None, [B, N] or None
+    state_ptr,  # [L * B * Hkv, 2]: the floor, and how many positions are listed
+    stride_scores_l, stride_scores_b, stride_scores_h, stride_candidates_b, stride_always_b,
+    B, Hkv, N, least, most,
+    SAMPLE: tl.constexpr,
+):  # fmt: skip
+    """Grid (L * B * Hkv,): a floor that `least` to `most` keys of a row's sample reach."""
+    row = tl.program_id(0).to(tl.int64)
+    scores_at, candidates_at, always_at = _row_at(
+        stride_scores_l, stride_scores_b, stride_scores_h, stride_candidates_b, stride_always_b,
+        row, B, Hkv,
+    )  # fmt: skip
+    part = tl.arange(0, SAMPLE)
+    start = (part.to(tl.int64) * N // SAMPLE).to(tl.int32)
+    stop = ((part + 1).to(tl.int64) * N // SAMPLE).to(tl.int32)
+    # Anywhere in its part: frames of a video repeat themselves, at any distance.
+    chance = (part.to(tl.uint32) * 2654435769) >> 21
+    n = start + (((stop - start) * chance.to(tl.int32)) >> 11)
+    keys = _keys(scores_ptr, candidates_ptr, always_ptr, scores_at, candidates_at, always_at, n, N)
+    # Above _NEVER: what may not be selected is not listed.
+    floor = tl.maximum(_threshold(keys, least, most), 1)
+    tl.store(state_ptr + 2 * row, floor.to(tl.int32, bitcast=True))
+    tl.store(state_ptr + 2 * row + 1, 0)
+
+
+@triton.jit
+def _count_bits(words):
+    words = words - ((words >> 1) & 0x55555555)
+    words = (words & 0x33333333) + ((words >> 2) & 0x33333333)
+    return ((((words + (words >> 4)) & 0x0F0F0F0F) * 0x01010101) >> 24).to(tl.int32)
+
+
+@triton.jit(do_not_specialize=["B", "Hkv", "chunks"])
+def _select_topk_filter_kernel(
+    scores_ptr, candidates_ptr, always_ptr,  # [L, B, Hkv, N], [B, N] or None, [B, N] or None
+    state_ptr, chunks_ptr,  # [L * B * Hkv, 2], [L * B * Hkv, chunks, 2]: where its list is, length
+    list_ptr,  # [L * B * Hkv, ROOM]
+    stride_scores_l, stride_scores_b, stride_scores_h, stride_candidates_b, stride_always_b,
+    B, Hkv, N, chunks,
+    BLOCK_N: tl.constexpr, ROOM: tl.constexpr,
+):  # fmt: skip
+    """Grid (L * B * Hkv * chunks,): lists the positions of a chunk whose keys reach the floor."""
+    row = tl.program_id(0).to(tl.int64) // chunks
+    chunk = tl.program_id(0) % chunks
+    scores_at, candidates_at, always_at = _row_at(
+        stride_scores_l, stride_scores_b, stride_scores_h, stride_candidates_b, stride_always_b,
+        row, B, Hkv,
+    )  # fmt: skip
+    floor = tl.load(state_ptr + 2 * row).to(tl.uint32, bitcast=True)
+    begin = chunk * BLOCK_N + tl.arange(0, BLOCK_N // _WORD) * _WORD
+    lanes = tl.arange(0, _WORD)
+    keys = _keys(
+        scores_ptr, candidates_ptr, always_ptr, scores_at, candidates_at, always_at,
+        begin[:, None] + lanes[None, :], N,
+    )  # fmt: skip
+    # Bits of 32 keys a word: to scan words and take out what few bits they have is a tenth of
+    # the instructions of scanning keys.
+    bits = tl.full((_WORD,), 1, tl.uint32) << lanes.to(tl.uint32)
+    words = tl.sum(tl.where(keys >= floor, bits[None, :], 0), axis=1)
+    counts = _count_bits(words)
+    length = tl.sum(counts, axis=0)
+    # Chunks come in any order, and `list` puts them into theirs.
+    at = tl.atomic_add(state_ptr + 2 * row + 1, length, sem="relaxed")
+    tl.store(chunks_ptr + 2 * (row * chunks + chunk), at)
+    tl.store(chunks_ptr + 2 * (row * chunks + chunk) + 1, length)
+    slots = at + tl.cumsum(counts, axis=0) - counts
+    for _ in tl.range(tl.max(counts, axis=0)):
+        rest = words & (words - 1)
+        n = begin + _count_bits((words ^ rest) - 1)
+        tl.store(list_ptr + row * ROOM + slots, n, mask=(words != 0) & (slots < ROOM))
+        slots += 1
+        words = rest
+
+
+@triton.jit(do_not_specialize=["B", "Hkv", "K", "chunks"])
+def _select_topk_list_kernel(
+    scores_ptr, candidates_ptr, always_ptr,  # [L, B, Hkv, N], [B, N] or None, [B, N] or None
+    state_ptr, chunks_ptr,  # [L * B * Hkv, 2], [L * B * Hkv, chunks, 2]
+    list_ptr,  # [L * B * Hkv, ROOM]
+    indices_ptr,  # [L * B * Hkv, K]
+    stride_scores_l, stride_scores_b, stride_scores_h, stride_candidates_b, stride_always_b,
+    B, Hkv, N, K, chunks,
+    ROOM: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Grid (L * B * Hkv,): the best of a row's list, or of the row if the list is no good."""
     row = tl.program_id(0).to(tl.int64)
     scores_at, candidates_at, always_at = _row_at(
         stride_scores_l, stride_scores_b, stride_scores_h, stride_candidates_b, stride_always_b,
         row, B, Hkv,
     )  # fmt: skip
     indices_ptr += row * K
-    offsets = tl.arange(0, BLOCK_N)
-    prefix = tl.full((), 0, tl.uint32)
-    need = K
-    count = 0
-    for p in tl.static_range(4):
-        counts = tl.zeros((_BINS,), tl.int32)
-        for n0 in tl.range(0, N, BLOCK_N):
-            n = n0 + offsets
-            keys = _keys(
-                scores_ptr,
-                candidates_ptr,
-                always_ptr,
-                scores_at,
-                candidates_at,
-                always_at,
-                n,
-                n < N,
-            )
-            counts = _count_digits(counts, keys, n < N, prefix, p)
-        prefix, need, _, count = _narrow(counts, prefix, need, p)
-
-    first, last = _tie_ranks(prefix, need, count)
-    above = 0
-    tied = 0
-    for n0 in tl.range(0, N, BLOCK_N):
-        n = n0 + offsets
+    floor = tl.load(state_ptr + 2 * row)
+    listed = tl.load(state_ptr + 2 * row + 1)
+    if (listed <= ROOM) & ((listed >= K) | (floor == 1)):
+        i = tl.arange(0, ROOM)
+        at = i
+        begin = 0
+        for chunk in tl.range(chunks):
+            start = tl.load(chunks_ptr + 2 * (row * chunks + chunk))
+            at = tl.where(i >= begin, start - begin + i, at)
+            begin += tl.load(chunks_ptr + 2 * (row * chunks + chunk) + 1)
+        # Beyond the list nothing is in the row: a key of N on is _NEVER.
+        n = tl.load(list_ptr + row * ROOM + at, mask=i < begin, other=N)
         keys = _keys(
-            scores_ptr, candidates_ptr, always_ptr, scores_at, candidates_at, always_at, n, n < N
+            scores_ptr, candidates_ptr, always_ptr, scores_at, candidates_at, always_at, n, N
         )
-        above, tied = _write_block(indices_ptr, keys, n, n < N, prefix, first, last, above, tied)
-    _pad(indices_ptr, K - need + last - first, K, BLOCK_N)
+        _take_best(indices_ptr, keys, n, K, ROOM)
+    else:
+        _take_best_of_row(
+            scores_ptr, candidates_ptr, always_ptr, scores_at, candidates_at, always_at,
+            indices_ptr, N, K, BLOCK_N,
+        )  # fmt: skip
 
 
-@triton.jit
-def _finish_pass(
-    counts_ptr, state_ptr,  # [2, CHUNKS, 256], the row's; [3], the program's
-    chunk, K,
-    PASS: tl.constexpr, CHUNKS: tl.constexpr,
-):  # fmt: skip
-    """Narrows by the digits that the launch before this one counted in all chunks of the row.
+def _plan_sample(k: int, N: int, sample: int) -> tuple[int, int, int]:
+    """How many of a sample are to reach the floor, at least and at most, and the list's room.
 
-    Returns prefix, need and count as of _narrow, and how many keys of the chunks before this one
-    are over the bins chosen so far, and in the last one.
+    Of the k best a sample has k * sample / N, give or take the root: four times that, and four for
+    where that is little, make a floor too high for k keys in less than one row of 10^5. What is
+    listed has as much room again.
     """
-    chunks = tl.arange(0, CHUNKS)[:, None]
-    bins = tl.arange(0, _BINS)[None, :]
-    counts = tl.load(counts_ptr + (PASS % 2 * CHUNKS + chunks) * _BINS + bins)
-    prefix = tl.full((), 0, tl.uint32)
-    need = K
-    above = 0
-    if PASS > 0:
-        prefix = tl.load(state_ptr).to(tl.uint32, bitcast=True)
-        need = tl.load(state_ptr + 1)
-        above = tl.load(state_ptr + 2)
-    prefix, need, digit, count = _narrow(tl.sum(counts, axis=0), prefix, need, PASS)
-    earlier = tl.where(chunks < chunk, counts, 0)
-    above += tl.sum(tl.sum(tl.where(bins > digit, earlier, 0), axis=1), axis=0)
-    tied = tl.sum(tl.sum(tl.where(bins == digit, earlier, 0), axis=1), axis=0)
-    return prefix, need, count, above, tied
+    best = k * sample / N
+    least = math.ceil(best + 4 * math.sqrt(best) + 4)
+    most = least + least // 16
+    return least, most, math.ceil((most + 4 * math.sqrt(most)) * N / sample)
 
 
-@triton.jit(do_not_specialize=["B", "Hkv", "K"])
-def _select_topk_count_kernel(
-    scores_ptr, candidates_ptr, always_ptr,  # [L, B, Hkv, N], [B, N] or None, [B, N] or None
-    counts_ptr, state_ptr,  # [L * B * Hkv, 2, CHUNKS, 256], [L * B * Hkv, CHUNKS, 3]
-    stride_scores_l, stride_scores_b, stride_scores_h, stride_candidates_b, stride_always_b,
-    B, Hkv, N, K,
-    PASS: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """Grid (L * B * Hkv * CHUNKS,): counts the digits of pass PASS, a chunk of a row each."""
-    row = tl.program_id(0).to(tl.int64) // CHUNKS
-    chunk = tl.program_id(0) % CHUNKS
-    scores_at, candidates_at, always_at = _row_at(
-        stride_scores_l, stride_scores_b, stride_scores_h, stride_candidates_b, stride_always_b,
-        row, B, Hkv,
+def _config(kernel: str, scores: Tensor, capacity: int) -> _tuning.Config:
+    arch = _tuning.arch_of(scores.device)
+    return _tuning.config("select_topk", kernel, arch, _tuning.FLOAT, 0, capacity)
+
+
+def _list(inputs: tuple, sizes: tuple, R: int, least: int, most: int, room: int) -> tuple:
+    """Samples and filters R rows: state, chunks and list as `list` takes them."""
+    scores, N = inputs[0], sizes[-1]
+    sample, chunk = (_config(kernel, scores, N) for kernel in ("sample", "filter"))
+    count = triton.cdiv(N, chunk.block_n)
+    state = scores.new_empty((R, 2), dtype=torch.int32)
+    chunks = scores.new_empty((R, count, 2), dtype=torch.int32)
+    positions = scores.new_empty((R, room), dtype=torch.int32)
+    _select_topk_sample_kernel[(R,)](
+        *inputs, state, *sizes, least, most,
+        SAMPLE=sample.split, num_warps=sample.num_warps, num_stages=sample.num_stages,
     )  # fmt: skip
-    counts_ptr += row * (2 * CHUNKS * _BINS)
-    # The program of the same row and chunk finds its state here in the next launch.
-    state_ptr += (row * CHUNKS + chunk) * 3
-    prefix = tl.full((), 0, tl.uint32)
-    if PASS > 0:
-        prefix, need, _, above, _ = _finish_pass(counts_ptr, state_ptr, chunk, K, PASS - 1, CHUNKS)
-        tl.store(state_ptr, prefix.to(tl.int32, bitcast=True))
-        tl.store(state_ptr + 1, need)
-        tl.store(state_ptr + 2, above)
-    counts = tl.zeros((_BINS,), tl.int32)
-    for n0 in tl.range(chunk * CHUNK, tl.minimum(chunk * CHUNK + CHUNK, N), BLOCK_N):
-        n = n0 + tl.arange(0, BLOCK_N)
-        keys = _keys(
-            scores_ptr, candidates_ptr, always_ptr, scores_at, candidates_at, always_at, n, n < N
-        )
-        counts = _count_digits(counts, keys, n < N, prefix, PASS)
-    bins = tl.arange(0, _BINS)
-    # Two buffers take turns: other programs still read the other one.
-    tl.store(counts_ptr + (PASS % 2 * CHUNKS + chunk) * _BINS + bins, counts)
-
-
-@triton.jit(do_not_specialize=["B", "Hkv", "K"])
-def _select_topk_write_kernel(
-    scores_ptr, candidates_ptr, always_ptr,  # [L, B, Hkv, N], [B, N] or None, [B, N] or None
-    counts_ptr, state_ptr,  # [L * B * Hkv, 2, CHUNKS, 256], [L * B * Hkv, CHUNKS, 3]
-    indices_ptr,  # [L * B * Hkv, K]
-    stride_scores_l, stride_scores_b, stride_scores_h, stride_candidates_b, stride_always_b,
-    B, Hkv, N, K,
-    CHUNK: tl.constexpr, CHUNKS: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """Grid (L * B * Hkv * CHUNKS,): writes the positions a chunk of a row contributes."""
-    row = tl.program_id(0).to(tl.int64) // CHUNKS
-    chunk = tl.program_id(0) % CHUNKS
-    scores_at, candidates_at, always_at = _row_at(
-        stride_scores_l, stride_scores_b, stride_scores_h, stride_candidates_b, stride_always_b,
-        row, B, Hkv,
+    _select_topk_filter_kernel[(R * count,)](
+        *inputs, state, chunks, positions, *sizes, count,
+        BLOCK_N=chunk.block_n, ROOM=room,
+        num_warps=chunk.num_warps, num_stages=chunk.num_stages,
     )  # fmt: skip
-    indices_ptr += row * K
-    threshold, need, count, above, tied = _finish_pass(
-        counts_ptr + row * (2 * CHUNKS * _BINS), state_ptr + (row * CHUNKS + chunk) * 3,
-        chunk, K, 3, CHUNKS,
-    )  # fmt: skip
-    first, last = _tie_ranks(threshold, need, count)
-    # Ranks of ties start at `first`, so those before it take no slot.
-    for n0 in tl.range(chunk * CHUNK, tl.minimum(chunk * CHUNK + CHUNK, N), BLOCK_N):
-        n = n0 + tl.arange(0, BLOCK_N)
-        keys = _keys(
-            scores_ptr, candidates_ptr, always_ptr, scores_at, candidates_at, always_at, n, n < N
-        )
-        above, tied = _write_block(
-            indices_ptr, keys, n, n < N, threshold, first, last, above, tied
-        )
-    if chunk == 0:
-        _pad(indices_ptr, K - need + last - first, K, BLOCK_N)
+    return state, chunks, positions
 
 
 def select_topk(
@@ -289,35 +375,25 @@ def select_topk(
     rows = scores.reshape(-1, B, Hkv, N)
     R = rows.shape[0] * B * Hkv
     inputs = rows, candidates, always
-    sizes = (
-        *rows.stride()[:3],
-        0 if candidates is None else candidates.stride(0),
-        0 if always is None else always.stride(0),
-        B, Hkv, N, k,
-    )  # fmt: skip
-    arch = _tuning.arch_of(scores.device)
-    row = _tuning.config("select_topk", "row", arch, _tuning.FLOAT, 0, N)
-    if N <= row.split:
-        _select_topk_row_kernel[(R,)](
-            *inputs, indices, *sizes,
-            BLOCK_N=row.block_n, num_warps=row.num_warps, num_stages=row.num_stages,
-        )  # fmt: skip
+    strides = (0 if mask is None else mask.stride(0) for mask in (candidates, always))
+    sizes = *rows.stride()[:3], *strides, B, Hkv, N
+    least, most, wanted = _plan_sample(k, N, _config("sample", scores, N).split)
+    best = _config("few", scores, N)
+    if min(wanted, N) > best.split:
+        best = _config("many", scores, N)
+    room = best.split
+    options: dict[str, Any] = {"num_warps": best.num_warps, "num_stages": best.num_stages}
+    if N <= room:
+        _select_topk_row_kernel[(R,)](*inputs, indices, *sizes, k, ROOM=room, **options)
         return indices
-    chunk = _tuning.config("select_topk", "chunk", arch, _tuning.FLOAT, 0, N)
-    chunks = triton.next_power_of_2(triton.cdiv(N, chunk.split))
-    counts = scores.new_empty((R, 2, chunks, 256), dtype=torch.int32)
-    state = scores.new_empty((R, chunks, 3), dtype=torch.int32)
-    options: dict[str, Any] = {
-        "CHUNK": chunk.split,
-        "CHUNKS": chunks,
-        "BLOCK_N": chunk.block_n,
-        "num_warps": chunk.num_warps,
-        "num_stages": chunk.num_stages,
-    }
-    grid = (R * chunks,)
-    for p in range(4):
-        _select_topk_count_kernel[grid](*inputs, counts, state, *sizes, PASS=p, **options)
-    _select_topk_write_kernel[grid](*inputs, counts, state, indices, *sizes, **options)
+    if wanted <= room:
+        listed = _list(inputs, sizes, R, least, most, room)
+    else:
+        listed = (indices.new_zeros((R, 1, 2)),) * 3  # nothing is
+    _select_topk_list_kernel[(R,)](
+        *inputs, *listed, indices, *sizes, k, listed[1].shape[1],
+        ROOM=room, BLOCK_N=best.block_n, **options,
+    )  # fmt: skip
     return indices
 
 
@@ -325,27 +401,29 @@ def aot_specs(arch: str, dtype: str, row: _tuning.Row) -> list[Spec]:
     """What a launch from `row` compiles, with both masks and with none."""
     strides = ("scores_l", "scores_b", "scores_h", "candidates_b", "always_b")
     types = {
+        **dict.fromkeys(("candidates_ptr", "always_ptr"), "*i1"),
         "scores_ptr": "*fp32",
-        "candidates_ptr": "*i1",
-        "always_ptr": "*i1",
-        "indices_ptr": "*i32",
+        **dict.fromkeys(("state_ptr", "chunks_ptr", "list_ptr", "indices_ptr"), "*i32"),
         **dict.fromkeys((f"stride_{x}" for x in strides), "i32"),
-        **dict.fromkeys(("B", "Hkv", "N", "K"), "i32"),
+        **dict.fromkeys(("B", "Hkv", "N", "K", "chunks", "least", "most"), "i32"),
     }
     launch = row.num_warps, row.num_stages
-    masks = ("candidates_ptr", "always_ptr")
-    if row.kernel == "row":
-        kernels = [(_select_topk_row_kernel, {"BLOCK_N": row.block_n})]
+    lengths = sorted({split for _, split in row.splits})
+    kernels: list[tuple[Any, dict[str, Any]]] = []
+    if row.kernel == "sample":
+        kernels = [(_select_topk_sample_kernel, {"SAMPLE": length}) for length in lengths]
+    elif row.kernel == "filter":
+        room = _tuning.config("select_topk", "few", arch, dtype, 0, 1).split
+        kernels = [(_select_topk_filter_kernel, {"BLOCK_N": row.block_n, "ROOM": room})]
     else:
-        types |= {"counts_ptr": "*i32", "state_ptr": "*i32"}
-        capacity, split = row.splits[0]
-        tile = {"CHUNK": split, "CHUNKS": capacity // split, "BLOCK_N": row.block_n}
-        kernels = [(_select_topk_count_kernel, {**tile, "PASS": p}) for p in range(4)]
-        kernels.append((_select_topk_write_kernel, tile))
+        for length in lengths:
+            tile = {"ROOM": length, "BLOCK_N": row.block_n}
+            kernels.append((_select_topk_row_kernel, {"ROOM": length}))
+            kernels.append((_select_topk_list_kernel, tile))
     specs = []
     for kernel, tile in kernels:
         names = {parameter.name for parameter in kernel.params} - set(tile)
-        for without in ((), masks):
+        for without in ((), ("candidates_ptr", "always_ptr")):
             given = {name: types[name] for name in names if name not in without}
             specs.append(aot_spec(kernel, given, {**tile, **dict.fromkeys(without)}, *launch))
     # A masked load is as wide as N allows: capacities are multiples of 16.

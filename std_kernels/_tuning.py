@@ -155,17 +155,23 @@ _SCORE_KEYS = tuple(Row("score_keys", *row) for row in (
     ("column", "interpreter", HALF, 256, 16, 16, 1, 1, ((ANY, 16),), _SMALL),
     ("column", "interpreter", FLOAT, 256, 16, 16, 1, 1, ((ANY, 16),), _SMALL),
 ))
-# Scores are float32 and have no head dim. "row": one program a row, for rows up to the split
-# length. "chunk": the least power of two that makes at most 32 chunks of a row.
-_CHUNKS = ((1 << 18, 8192), (1 << 19, 16384), (ANY, 32768))
+# Scores are float32 and have no head dim. "sample": keys that are sampled, by a row's length.
+# "few" and "many": keys that a program holds, of a row or a list; block_n of a row that it reads.
+_SAMPLES = ((1 << 16, 1024), (1 << 18, 4096), (ANY, 8192))
 _SELECT_TOPK = tuple(Row("select_topk", *row) for row in (
     # kernel, arch, dtype, head_dim, block_m, block_n, num_warps, num_stages, splits, source
-    ("row", "gfx942", FLOAT, 0, 1, 8192, 8, 1, ((ANY, 32768),), _ESTIMATE),
-    ("row", "default", FLOAT, 0, 1, 8192, 16, 1, ((ANY, 32768),), _ESTIMATE),
-    ("row", "interpreter", FLOAT, 0, 1, 64, 1, 1, ((ANY, 128),), _SMALL),
-    ("chunk", "gfx942", FLOAT, 0, 1, 4096, 4, 1, _CHUNKS, _ESTIMATE),
-    ("chunk", "default", FLOAT, 0, 1, 4096, 8, 1, _CHUNKS, _ESTIMATE),
-    ("chunk", "interpreter", FLOAT, 0, 1, 32, 1, 1, ((1024, 64), (ANY, 32768)), _SMALL),
+    ("sample", "gfx942", FLOAT, 0, 1, 1, 4, 1, _SAMPLES, _ESTIMATE),
+    ("sample", "default", FLOAT, 0, 1, 1, 8, 1, _SAMPLES, _ESTIMATE),
+    ("sample", "interpreter", FLOAT, 0, 1, 1, 1, 1, ((ANY, 128),), _SMALL),
+    ("filter", "gfx942", FLOAT, 0, 1, 8192, 4, 1, ((ANY, 8192),), _ESTIMATE),
+    ("filter", "default", FLOAT, 0, 1, 8192, 8, 1, ((ANY, 8192),), _ESTIMATE),
+    ("filter", "interpreter", FLOAT, 0, 1, 64, 1, 1, ((ANY, 64),), _SMALL),
+    ("few", "gfx942", FLOAT, 0, 1, 4096, 4, 1, ((ANY, 4096),), _ESTIMATE),
+    ("few", "default", FLOAT, 0, 1, 4096, 8, 1, ((ANY, 4096),), _ESTIMATE),
+    ("few", "interpreter", FLOAT, 0, 1, 32, 1, 1, ((ANY, 128),), _SMALL),
+    ("many", "gfx942", FLOAT, 0, 1, 4096, 8, 1, ((ANY, 8192),), _ESTIMATE),
+    ("many", "default", FLOAT, 0, 1, 4096, 16, 1, ((ANY, 8192),), _ESTIMATE),
+    ("many", "interpreter", FLOAT, 0, 1, 64, 1, 1, ((ANY, 256),), _SMALL),
 ))
 # Registers at D = 128 and at D = 256. With two stages a program asks for keys and values at once,
 # by cp.async; with one it asks for values when it has its logits, another trip to memory later.

@@ -73,12 +73,12 @@ def subjects(head_dim: int, precision: str) -> list[Subject]:
     def score(*contexts: int) -> tuple[Point, ...]:
         return tuple(Point("score_keys", model, 1, N) for N in contexts)
 
-    def select(*contexts: int) -> tuple[Point, ...]:
+    def select(*contexts: int, keys: int = 1024) -> tuple[Point, ...]:
         return tuple(
-            Point("select_topk", model, B, N, keys=1024) for N in contexts for B in (1, 8)
+            Point("select_topk", model, B, N, keys=keys) for N in contexts for B in (1, 8)
         )
 
-    blocks = (1,), (1024, 2048, 4096, 8192, 16384), (4, 8, 16, 32), (1,)
+    blocks = (1,), (2048, 4096, 8192, 16384), (4, 8, 16), (1,)
     rows = dict(zip((16, 48, ANY), ((1, 4), (8,), (32,))))  # batches, by B * Hkv of 4 KV heads
     if head_dim != 128:
         rows = dict(zip((16, 48, ANY), ((1, 2), (4,), (16,))))  # of 8 KV heads
@@ -100,10 +100,15 @@ def subjects(head_dim: int, precision: str) -> list[Subject]:
     ]  # fmt: skip
     if head_dim == 128:  # scores have no head dim and are float32
         found += [
-            Subject("select_topk", "row", FLOAT, 0, ((ANY, select(25088, 8192)),), blocks),
-            Subject("select_topk", "chunk", FLOAT, 0,
-                    ((1 << 18, select(131072)), (1 << 19, select(524288)),
-                     (ANY, select(1 << 20)[:1])), blocks, (8192, 16384, 32768)),
+            Subject("select_topk", "sample", FLOAT, 0,
+                    ((1 << 16, select(25088)), (1 << 18, select(131072)),
+                     (ANY, select(1 << 20)[:1])), ((1,), (1,), *blocks[2:]),
+                    (1024, 2048, 4096, 8192)),
+            Subject("select_topk", "filter", FLOAT, 0, ((ANY, select(131072, 25088)),), blocks),
+            Subject("select_topk", "few", FLOAT, 0, ((ANY, select(25088, 4096)),),
+                    ((1,), (4096,), *blocks[2:])),
+            Subject("select_topk", "many", FLOAT, 0, ((ANY, select(25088, 8192, keys=4096)),),
+                    ((1,), (4096,), *blocks[2:])),
         ]  # fmt: skip
     return found
 

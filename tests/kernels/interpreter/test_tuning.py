@@ -23,7 +23,8 @@ SUBJECTS = {
     "sparse": Subject("sparse_attention", "few rows", HALF, 16, (), ()),
     "lse": Subject("score_keys", "lse", HALF, 16, (), ()),
     "column": Subject("score_keys", "column", HALF, 16, (), ()),
-    "chunk": Subject("select_topk", "chunk", FLOAT, 0, (), ()),
+    "filter": Subject("select_topk", "filter", FLOAT, 0, (), ()),
+    "few": Subject("select_topk", "few", FLOAT, 0, (), ()),
 }
 
 
@@ -40,11 +41,8 @@ def test_other_configurations_are_right_too(name):
     subject = SUBJECTS[name]
     lab, point = lab_for(subject), POINTS[subject.op]
     row = tune_search.present_row(subject, "interpreter")
-    if name == "chunk":
-        others = [row._replace(block_n=16, splits=((1024, 128), (ANY, 32768)))]
-    else:
-        others = [tune_search.with_tile(row, (16, 32, 2, 2))]
-        others.append(others[0]._replace(splits=tuple((x, 2 * y) for x, y in others[0].splits)))
+    others = [tune_search.with_tile(row, (16, 32, 2, 2))]
+    others.append(others[0]._replace(splits=tuple((x, 2 * y) for x, y in others[0].splits)))
     for other in others[-1:] if name == "column" else others:
         assert lab.time(other, point) == 1.0, lab.results.rows[-1]["status"]
 
