@@ -28,7 +28,8 @@ Times each op of std_kernels at the head shapes of real models, beside its rival
                                       FlexAttention (compiled), flash-attn, flashinfer, xformers
   sparse_attention                    gather + SDPA, FlexAttention over a block mask, flashinfer
                                       over pages of one key
-  select_topk                         torch.topk, and with the sort that our op does
+  select_topk                         torch.topk, and with the sort that our op does; flashinfer,
+                                      and with our rule for ties
   score_keys                          the same in eager PyTorch
   int4_linear                         PyTorch's 4-bit matmul that drafts use, beside whole weights
 

@@ -140,7 +140,7 @@ def round_preset() -> Iterator[Job]:
     compiled = ("flexattention",)
     quick = ("sdpa-flash", "sdpa-efficient", "sdpa-cudnn", "sdpa", "sdpa+eager", "flash-attn",
              "flash-attn-3", "flashinfer", "xformers", "torch.topk", "torch.topk+sort",
-             "gather+sdpa", "eager", "dense-weights")  # fmt: skip
+             "flashinfer+ties", "gather+sdpa", "eager", "dense-weights")  # fmt: skip
     for point in (*verify, scores, *select, *sparse, *linear, *score):
         yield Job(point, quick)
     for point in (verify[0], sparse[0], verify[1]):

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
+from inspect import signature
 from typing import Any
 
 import torch
@@ -24,7 +25,8 @@ BACKENDS = {
     "sdpa-math": SDPBackend.MATH,
 }
 NAMES = (*BACKENDS, "sdpa", "flexattention", *LIBRARIES, "sdpa+eager", "torch.topk",
-         "torch.topk+sort", "gather+sdpa", "eager", "dense-weights")  # fmt: skip
+         "torch.topk+sort", "flashinfer+ties", "gather+sdpa", "eager",
+         "dense-weights")  # fmt: skip
 
 
 def _call(function: Callable[..., Any], *args: Any, **options: Any) -> Callable[[], Any]:
@@ -199,11 +201,24 @@ def select(scores: Tensor, k: int) -> Rivals:
     if scores.is_cuda and find_spec("flashinfer") is not None:
         flashinfer = import_module("flashinfer")
         if hasattr(flashinfer, "top_k"):
-            flat = scores.view(-1, scores.shape[-1])
-            found["flashinfer"] = Rival(
-                _call(flashinfer.top_k, flat, k), lambda pair: pair[1].view(*scores.shape[:-1], k)
-            )
+            found |= _flashinfer_top_k(flashinfer, scores, k)
     return found
+
+
+def _flashinfer_top_k(flashinfer: Any, scores: Tensor, k: int) -> Rivals:
+    """As it comes, and with the lowest positions of equals, as our op takes them, if it can."""
+    flat = scores.view(-1, scores.shape[-1])
+    ways: dict[str, dict[str, Any]] = {"flashinfer": {}}
+    if "tie_break" in signature(flashinfer.top_k).parameters:
+        lowest = import_module("flashinfer.topk").TopKTieBreak.SMALL
+        ways["flashinfer+ties"] = {"deterministic": True, "tie_break": lowest}
+    return {
+        name: Rival(
+            _call(flashinfer.top_k, flat, k, **options),
+            lambda pair: pair[1].view(*scores.shape[:-1], k),
+        )
+        for name, options in ways.items()
+    }
 
 
 def scoring(query: Tensor, key: Tensor) -> Rivals:

@@ -455,6 +455,27 @@ def test_flashinfer(T, flashinfer):
     assert right(given).of_rival(rival.output(call()), rival.causal) <= 1
 
 
+def test_flashinfer_top_k(monkeypatch):
+    """Twice where it has a rule for ties: as fast as it can, and with the lowest positions."""
+    asked = []
+
+    def top_k(scores, k, sorted=False, deterministic=False, tie_break=0):
+        asked.append((deterministic, tie_break))
+        return scores.topk(k)
+
+    fake = types.SimpleNamespace(top_k=top_k)
+    ties = types.SimpleNamespace(TopKTieBreak=types.SimpleNamespace(SMALL=1))
+    monkeypatch.setitem(sys.modules, "flashinfer.topk", ties)
+    scores = torch.randn(2, 1, 3, 40)
+    found = rivals._flashinfer_top_k(fake, scores, 5)
+    for rival in found.values():
+        got = rival.output(rival.prepare()())
+        assert torch.equal(got, scores.topk(5).indices)
+    assert [*found] == ["flashinfer", "flashinfer+ties"] and asked == [(False, 0), (True, 1)]
+    fake.top_k = lambda scores, k, sorted=False: scores.topk(k)
+    assert [*rivals._flashinfer_top_k(fake, scores, 5)] == ["flashinfer"]
+
+
 @pytest.mark.parametrize("T", [1, 4])
 def test_flashinfer_over_pages_of_one_key(T, flashinfer):
     given = attention(T, B=3)
