@@ -26,6 +26,9 @@ class Report:
     scalar_dots: int  # those of them that run on plain multiply-adds
     # Bytes that one thread loads from global memory in loops, by bytes an instruction.
     loop_loads: dict[int, int] = field(default_factory=dict)
+    # NVIDIA: those of them that go to shared memory meanwhile, and the instructions of a loop.
+    async_loads: dict[int, int] = field(default_factory=dict)
+    loop_instructions: int = 0
 
     @property
     def narrow_share(self) -> float:
@@ -39,8 +42,8 @@ def inspect(compiled: Any) -> Report:
     """Reports on what `triton.compile` returned."""
     dots, scalar = _dots(compiled.asm["ttir"], compiled.asm["ttgir"])
     report = _inspect_nvidia if "cubin" in compiled.asm else _inspect_amd
-    registers, spills, matrix, loads = report(compiled.asm)
-    return Report(registers, spills, compiled.metadata.shared, matrix, dots, scalar, loads)
+    registers, spills, matrix, *loop = report(compiled.asm)
+    return Report(registers, spills, compiled.metadata.shared, matrix, dots, scalar, *loop)
 
 
 def _dots(ttir: str, ttgir: str) -> tuple[int, int]:
@@ -52,7 +55,9 @@ def _dots(ttir: str, ttgir: str) -> tuple[int, int]:
     return len(re.findall(r"= tt\.dot ", ttir)), scalar
 
 
-def _inspect_nvidia(asm: dict[str, Any]) -> tuple[int, int, str, dict[int, int]]:
+def _inspect_nvidia(
+    asm: dict[str, Any],
+) -> tuple[int, int, str, dict[int, int], dict[int, int], int]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(asm["cubin"])
         file.flush()
@@ -63,7 +68,8 @@ def _inspect_nvidia(asm: dict[str, Any]) -> tuple[int, int, str, dict[int, int]]
         raise RuntimeError(f"cuobjdump: no register count in its output: {usage[:200]!r}")
     spills = len(re.findall(r"\b(?:STL|LDL)\b", sass))
     matrix = re.search(r"\b(HGMMA|UTC\w*MMA|HMMA)\b", sass)
-    return int(found[1]), spills, matrix[1] if matrix else "", loop_loads(sass)
+    loads = loop_loads(sass), loop_loads(sass, "LDGSTS"), loop_instructions(sass)
+    return int(found[1]), spills, matrix[1] if matrix else "", *loads
 
 
 def _tool(name: str, *arguments: str) -> str:
@@ -92,26 +98,38 @@ def _inspect_amd(asm: dict[str, Any]) -> tuple[int, int, str, dict[int, int]]:
 _NVIDIA_LOAD = re.compile(r"\b(?:LDG|LDGSTS)\.E([.\w]*)")
 _AMD_LOAD = re.compile(r"\b(?:global|buffer)_load_(?:lds_)?(dwordx[234]|dword|u?short|[su]byte)")
 _AMD_WIDTHS = {"dwordx4": 16, "dwordx3": 12, "dwordx2": 8, "dword": 4, "ushort": 2, "short": 2}
+_ADDRESS = re.compile(r"/\*[0-9a-f]{4,}\*/")  # before each instruction of SASS
 _LABEL = re.compile(r"^\s*(\.L\w+):", re.MULTILINE)
 _BRANCH = re.compile(r"\b(?:BRA|s_c?branch)\w*[^\n]*?(\.L\w+)")
 
 
-def loop_loads(text: str) -> dict[int, int]:
+def loop_loads(text: str, kind: str = "") -> dict[int, int]:
     """Bytes per thread that the loads inside loops bring, by width, in SASS or AMD assembly.
 
-    A loop is what lies between a label and a later branch back to it.
+    Args:
+        kind: only of instructions that begin so.
     """
+    loops = _loops(text)
+    loads: dict[int, int] = {}
+    for at, width in _loads(text):
+        if text.startswith(kind, at) and any(start <= at < stop for start, stop in loops):
+            loads[width] = loads.get(width, 0) + width
+    return loads
+
+
+def loop_instructions(sass: str) -> int:
+    """Of the longest loop, 0 where there is none."""
+    return max((len(_ADDRESS.findall(sass, *loop)) for loop in _loops(sass)), default=0)
+
+
+def _loops(text: str) -> list[tuple[int, int]]:
+    """What lies between a label and a later branch back to it."""
     labels = {found[1]: found.start() for found in _LABEL.finditer(text)}
-    loops = [
+    return [
         (labels[found[1]], found.start())
         for found in _BRANCH.finditer(text)
         if labels.get(found[1], len(text)) < found.start()
     ]
-    loads: dict[int, int] = {}
-    for at, width in _loads(text):
-        if any(start <= at < stop for start, stop in loops):
-            loads[width] = loads.get(width, 0) + width
-    return loads
 
 
 def _loads(text: str) -> list[tuple[int, int]]:

@@ -10,7 +10,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bench.assembly import Report, _tool, inspect
+from bench.assembly import WIDE, Report, _tool, inspect
 from std_decode.app.output import replace_file
 from std_kernels import _tuning
 
@@ -21,7 +21,13 @@ HEAD_DIMS = (64, 120, 128, 256)  # 120 fills no tile, and rows of it begin at mu
 # piece; a merge reads little. A tile in 2-byte loads is half of the bytes or all of them, and
 # beside a gather's indices over 60%. A sample is of single keys. Where
 # 16 warps read a row again, a thread has 8 keys, and 8 bytes of each mask of them.
-MAX_NARROW = {"merge": 1.0, "sample": 1.0, "list": 0.4, "sparse": 0.6, "": 0.25}
+# What a product is multiplied with is short: its weights are judged by `judge_product`.
+MAX_NARROW = {"merge": 1.0, "sample": 1.0, "list": 0.4, "sparse": 0.6, "int4": 0.7, "": 0.25}
+# Of the product with 4-bit weights: an H200 issues 3.7 instructions in the time that it takes to
+# read a weight, and has to have 32 KiB on their way to an SM to read at full speed.
+MOST_INSTRUCTIONS = 4.0  # for a weight, of the kernel without tensor cores
+LEAST_IN_FLIGHT = 64 << 10  # bytes an SM
+SM_REGISTERS = 65536
 _HELP = """\
 Compiles each kernel as the launch table would launch it, for sm_80, sm_90, sm_100, sm_120 and
 gfx942. No GPU is needed. The exit status is 1 if a kernel
@@ -30,7 +36,11 @@ gfx942. No GPU is needed. The exit status is 1 if a kernel
   needs more shared memory than the target has,
   loads the keys, values or scores in pieces of less than 16 bytes,
   runs an fp16 or bf16 matrix product without tensor cores, or
-  has its wgmma instructions wait for one another.
+  has its wgmma instructions wait for one another,
+
+or, of the product with 4-bit weights on NVIDIA GPUs, if it takes more than 4 instructions for a
+weight (without tensor cores), reads the weights in anything but asynchronous loads of 16 bytes,
+or has less than 64 KiB on their way to an SM.
 
 float32 products run on plain multiply-adds by intent (tf32 would round their inputs), and are
 only reported, as are spills and loads of the kernels that merge partial results.
@@ -115,8 +125,11 @@ def compile_case(case: Case) -> Result:
     limit = _tuning.TARGETS[case.target].shared_memory
     # A float32 product is unrolled into multiply-adds and never runs where speed counts.
     checked = case.dtype != "fp32" or found.dots == 0
-    narrow = next(share for part, share in MAX_NARROW.items() if part in name)
+    kernel = f"{case.row.op} {name}"
+    narrow = next(share for part, share in MAX_NARROW.items() if part in kernel)
     problems = list(judge(found, limit, checked, narrow))
+    if case.row.op == "int4_linear" and "merge" not in name and case.target.startswith("sm_"):
+        problems += judge_product(found, case.row, limit)
     if found.matrix == "HGMMA" and serialized(sass_of(compiled)):
         problems.append("ptxas serialized its wgmma instructions")
     return Result(case, name, found, tuple(problems))
@@ -163,6 +176,24 @@ def judge(report: Report, shared_limit: int, checked: bool, max_narrow: float) -
         yield f"{report.narrow_share:.0%} of the bytes in loops in loads under 16 bytes"
     if report.dots and (report.scalar_dots or not report.matrix):
         yield "a matrix product without tensor cores"
+
+
+def judge_product(report: Report, row: _tuning.Row, shared_limit: int) -> Iterator[str]:
+    """What would keep a product with 4-bit weights from the bandwidth of an NVIDIA GPU."""
+    columns, threads = row.config().split, 32 * row.num_warps
+    weights = row.block_n * columns
+    each = report.loop_instructions * threads / weights
+    if not report.dots and each > MOST_INSTRUCTIONS:
+        yield f"{each:.2f} instructions for a weight"
+    if report.async_loads.get(WIDE, 0) < weights // 2 // threads:
+        yield "weights in other than asynchronous loads of 16 bytes"
+    # An SM has as much shared memory as a program may take, and the 1 KiB that each program costs.
+    by_registers = SM_REGISTERS // (-(-report.registers // 8) * 8 * threads)
+    programs = min(by_registers, (shared_limit + 1024) // (report.shared + 1024))
+    tile = weights // 2 + 2 * row.block_m * columns
+    flying = programs * (row.num_stages - 1) * tile
+    if flying < LEAST_IN_FLIGHT:
+        yield f"{flying >> 10} KiB on their way to an SM, by {programs} programs"
 
 
 def run(options: argparse.Namespace) -> int:

@@ -1,4 +1,4 @@
-"""Attention and selection kernels for drafting and verifying on one dense KV cache.
+"""Kernels for drafting and verifying on one dense KV cache: attention, selection, 4-bit products.
 
     import torch
     import std_kernels as sk
@@ -23,15 +23,21 @@
 | K | selected keys |
 | D | head dim |
 
+`int4_linear` multiplies ``[R, K]`` with a weight ``[N, K]`` of 4 bits, which `pack_int4` lays out.
+
 The ops are also `torch.ops.std_kernels.*`, with every argument positional and unchecked.
 """
 
+from std_kernels.int4_linear import int4_linear, int4_linear_partials, pack_int4
 from std_kernels.score_keys import score_keys
 from std_kernels.select_topk import select_topk
 from std_kernels.sparse_attention import sparse_attention
 from std_kernels.verify_attention import verify_attention, verify_attention_with_scores
 
 __all__ = [
+    "int4_linear",
+    "int4_linear_partials",
+    "pack_int4",
     "score_keys",
     "select_topk",
     "sparse_attention",

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import torch
 
-HALF, FLOAT = "half", "fp32"
+HALF, FLOAT, BF16 = "half", "fp32", "bf16"
 ANY = 1 << 62
 
 
@@ -52,7 +52,7 @@ class Row(NamedTuple):
     op: str
     kernel: str
     arch: str  # a key of TARGETS, "default" or "interpreter"
-    dtype: str  # HALF or FLOAT, the precision of query and key
+    dtype: str  # HALF or FLOAT, the precision of query and key; BF16, of products
     head_dim: int  # the largest D the row is for; 0 for an op without one
     block_m: int
     block_n: int
@@ -64,7 +64,7 @@ class Row(NamedTuple):
     @property
     def dtypes(self) -> tuple[str, ...]:
         """The dtypes, as Triton spells them, that the row is used with."""
-        return ("fp16", "bf16") if self.dtype == HALF else ("fp32",)
+        return ("fp16", "bf16") if self.dtype == HALF else (self.dtype,)
 
     def config(self, capacity: int = ANY) -> Config:
         split = next(split for limit, split in self.splits if capacity <= limit)
@@ -79,6 +79,7 @@ _VERIFY_SPLITS = ((8192, 256), (32768, 512), (65536, 1024), (ANY, 2048))
 _SPARSE_SPLITS = ((16, 32), (48, 64), (ANY, 128))
 _ESTIMATE = "estimate from bytes, not run"
 _AOT = "bf16 or fp32, compiled by Triton 3.7.1 and not run: no spills, "
+_AOT_INT4 = "compiled by Triton 3.7.1 and not run: no spills, "
 _SMALL = "small, so that small tests have many tiles"
 
 # fmt: off
@@ -220,9 +221,47 @@ _SPARSE = tuple(Row("sparse_attention", *row) for row in (
     ("many rows", "interpreter", HALF, 256, 32, 16, 1, 1, ((2, 16), (ANY, 32)), _SMALL),
     ("many rows", "interpreter", FLOAT, 256, 32, 16, 1, 1, ((2, 16), (ANY, 32)), _SMALL),
 ))
+# Block_m: rows of the input; block_n: of the weight; the split length: columns of a tile. The
+# weights of two to three tiles are on their way in each program, by cp.async.
+_INT4_LINEAR = tuple(Row("int4_linear", *row) for row in (
+    # kernel, arch, dtype, head_dim, block_m, block_n, num_warps, num_stages, splits, source
+    ("one row", "sm_80", BF16, 0, 1, 64, 4, 3, ((ANY, 512),), _AOT_INT4 + "128 registers, 36 KiB"),
+    ("one row", "sm_90", BF16, 0, 1, 64, 4, 3, ((ANY, 512),), _AOT_INT4 + "128 registers, 36 KiB"),
+    ("one row", "sm_100", BF16, 0, 1, 64, 4, 3, ((ANY, 512),),
+     _AOT_INT4 + "135 registers, 36 KiB"),
+    ("one row", "sm_120", BF16, 0, 1, 64, 4, 3, ((ANY, 512),),
+     _AOT_INT4 + "167 registers, 36 KiB"),
+    ("one row", "gfx942", BF16, 0, 1, 64, 4, 1, ((ANY, 512),), _AOT_INT4 + "100 registers"),
+    ("one row", "default", BF16, 0, 1, 64, 4, 3, ((ANY, 512),), _ESTIMATE),
+    ("one row", "interpreter", BF16, 0, 1, 32, 1, 1, ((ANY, 256),), _SMALL),
+    ("few rows", "sm_80", BF16, 0, 16, 128, 8, 3, ((ANY, 256),),
+     _AOT_INT4 + "117 registers, 50 KiB, HMMA"),
+    ("few rows", "sm_90", BF16, 0, 16, 128, 4, 4, ((ANY, 256),),
+     _AOT_INT4 + "200 registers, 83 KiB, HGMMA"),
+    ("few rows", "sm_100", BF16, 0, 16, 128, 4, 3, ((ANY, 256),),
+     _AOT_INT4 + "168 registers, 51 KiB, tcgen05"),
+    ("few rows", "sm_120", BF16, 0, 16, 128, 8, 4, ((ANY, 256),),
+     _AOT_INT4 + "117 registers, 75 KiB, HMMA"),
+    ("few rows", "gfx942", BF16, 0, 16, 64, 4, 1, ((ANY, 256),),
+     _AOT_INT4 + "72 registers, 8 KiB, MFMA"),
+    ("few rows", "default", BF16, 0, 16, 64, 4, 2, ((ANY, 256),), _ESTIMATE),
+    ("few rows", "interpreter", BF16, 0, 16, 32, 1, 1, ((ANY, 256),), _SMALL),
+    ("many rows", "sm_80", BF16, 0, 32, 128, 8, 3, ((ANY, 256),),
+     _AOT_INT4 + "128 registers, 66 KiB, HMMA"),
+    ("many rows", "sm_90", BF16, 0, 32, 128, 8, 3, ((ANY, 256),),
+     _AOT_INT4 + "127 registers, 82 KiB, HGMMA"),
+    ("many rows", "sm_100", BF16, 0, 32, 128, 8, 3, ((ANY, 256),),
+     _AOT_INT4 + "126 registers, 68 KiB, tcgen05"),
+    ("many rows", "sm_120", BF16, 0, 32, 128, 8, 3, ((ANY, 256),),
+     _AOT_INT4 + "128 registers, 66 KiB, HMMA"),
+    ("many rows", "gfx942", BF16, 0, 32, 64, 4, 1, ((ANY, 256),),
+     _AOT_INT4 + "112 registers, 8 KiB, MFMA"),
+    ("many rows", "default", BF16, 0, 32, 64, 4, 2, ((ANY, 256),), _ESTIMATE),
+    ("many rows", "interpreter", BF16, 0, 32, 32, 1, 1, ((ANY, 256),), _SMALL),
+))
 # fmt: on
 
-TABLE: tuple[Row, ...] = _VERIFY + _SPARSE + _SCORE_KEYS + _SELECT_TOPK
+TABLE: tuple[Row, ...] = _VERIFY + _SPARSE + _SCORE_KEYS + _SELECT_TOPK + _INT4_LINEAR
 
 
 @lru_cache(maxsize=4096)

@@ -10,6 +10,22 @@ from einops import reduce, repeat
 from torch import Tensor
 
 
+def int4_linear(
+    input: Tensor,
+    values: Tensor,
+    scales: Tensor,
+    bias: Tensor | None = None,
+    *,
+    dtype: torch.dtype = torch.float64,
+) -> Tensor:
+    """Product [..., N] with the weight of `values` as `pack_int4` is given them, and `scales`."""
+    q = torch.stack((values >> 4, values & 15), dim=-1).flatten(1)  # [N, K]
+    scale, zero = repeat(scales, "k n two -> two n (k g)", g=q.shape[1] // len(scales))
+    weight = (q.double() - 8) * scale.double() + zero.double()
+    product = input.to(dtype) @ weight.to(dtype).T
+    return product if bias is None else product + bias.to(dtype)
+
+
 def score_keys(
     query: Tensor,
     key: Tensor,

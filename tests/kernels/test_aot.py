@@ -11,7 +11,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 from bench import compile as bench  # noqa: E402
 from bench.__main__ import main  # noqa: E402
-from bench.assembly import Report, inspect, loop_loads  # noqa: E402
+from bench.assembly import Report, inspect, loop_instructions, loop_loads  # noqa: E402
 from std_kernels import _tuning  # noqa: E402
 
 OPS = sorted({row.op for row in _tuning.TABLE})
@@ -38,7 +38,7 @@ def test_kernels_compile_well(case):
 
 
 @pytest.mark.aot
-@pytest.mark.parametrize("op", [op for op in OPS if op != "select_topk"])
+@pytest.mark.parametrize("op", [op for op in OPS if op not in ("select_topk", "int4_linear")])
 def test_rows_that_begin_at_multiples_of_8_are_read_16_bytes_at_a_time(op):
     case = next(case for case in bench.cases(["sm_90"], [op]) if case.row.head_dim == 120)
     assert not bench.compile_case(case).problems
@@ -87,7 +87,9 @@ def test_a_bad_kernel_is_found(complaint):
 
 
 def test_every_op_has_rows_and_every_row_is_reached():
-    assert OPS == ["score_keys", "select_topk", "sparse_attention", "verify_attention"]
+    assert OPS == [
+        *("int4_linear", "score_keys", "select_topk", "sparse_attention", "verify_attention")
+    ]
     for target in _tuning.TARGETS:
         rows = list(bench.reachable_rows(target))
         for row in rows:
@@ -115,6 +117,38 @@ def test_judge(change, complaint):
     assert list(bench.judge(GOOD, 2000, True, 0.25)) == []
     (found,) = bench.judge(Report(**{**vars(GOOD), **change}), 2000, True, 0.25)
     assert complaint in found
+
+
+PRODUCT = Report(128, 0, 40960, "", 0, 0, {16: 128, 8: 64}, {16: 128}, 980)
+
+
+@pytest.mark.parametrize(
+    "change, complaint",
+    [
+        ({"loop_instructions": 1050}, "4.10 instructions for a weight"),
+        ({"async_loads": {16: 64, 8: 128}}, "other than asynchronous loads of 16 bytes"),
+        ({"registers": 255, "shared": 131072}, "34 KiB on their way to an SM, by 1 programs"),
+    ],
+)
+def test_a_4_bit_product_that_would_be_slow_is_found(change, complaint):
+    row = next(row for row in bench.reachable_rows("sm_90") if row.kernel == "one row")
+    assert list(bench.judge_product(PRODUCT, row, 232448)) == []
+    report = Report(**{**vars(PRODUCT), **change})
+    assert complaint in "; ".join(bench.judge_product(report, row, 232448))
+
+
+@pytest.mark.aot
+def test_a_4_bit_product_without_the_compilers_help_is_slow():
+    """By plain shifts and masks, and where the loads know of no alignment."""
+    row = next(row for row in bench.reachable_rows("sm_90") if row.kernel == "one row")
+    spec = bench.specs_of("sm_90", "bf16", row)[0]
+    limit = _tuning.TARGETS["sm_90"].shared_memory
+    for changed, complaint in (
+        (spec._replace(constexprs={**spec.constexprs, "PTX": False}), "instructions for a weight"),
+        (spec._replace(attrs={}), "asynchronous loads of 16 bytes"),
+    ):
+        report = inspect(bench.compile_spec(changed, "sm_90"))
+        assert complaint in "; ".join(bench.judge_product(report, row, limit))
 
 
 def test_products_that_wait_for_each_other_are_found():
@@ -155,6 +189,13 @@ AMD = """
 def test_loads_in_loops_are_counted_by_width():
     assert loop_loads(SASS) == {16: 32, 1: 1, 4: 4}
     assert loop_loads(AMD) == {16: 16, 2: 2}
+    assert loop_loads(SASS, "LDGSTS") == {16: 16}
+
+
+def test_instructions_of_the_longest_loop_are_counted():
+    assert (
+        loop_instructions(SASS) == 6 and loop_instructions(SASS.replace("L_x_0)", "L_x_1)")) == 0
+    )
 
 
 def test_report_and_exit_status(tmp_path, capsys):

@@ -21,6 +21,12 @@ CHECKS = (
 )
 
 
+ATTENTION = [op for op in OPS if op != "select_topk" and "int4" not in op]
+VALUES = torch.randint(
+    256, (48, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+)
+
+
 def arguments(op, dtype=torch.float32, B=2, T=3, D=16, N=40, seed=0):
     """A valid call of the op with every option set, and its positional argument names."""
     generator = torch.Generator().manual_seed(seed)
@@ -32,6 +38,13 @@ def arguments(op, dtype=torch.float32, B=2, T=3, D=16, N=40, seed=0):
         scores = torch.rand(3, B, 2, N, generator=generator)
         candidates, always = torch.rand(2, B, N, generator=generator) < 0.5
         return {"scores": scores, "k": 5, "candidates": candidates, "always": always}
+    if op == "pack_int4":
+        return {"values": VALUES.repeat(B, 1), "group": 32}
+    if "int4_linear" in op:
+        input = torch.randn(B, T, 64, generator=generator).to(dtype)
+        scales = torch.rand(2, 48, 2, generator=generator).div(10).bfloat16()
+        call = {"input": input, "packed": sk.pack_int4(VALUES, 32), "scales": scales}
+        return call if "partials" in op else {**call, "bias": torch.arange(48).to(dtype)}
     if op == "score_keys":
         call = {"query": query, "key": key, "kv_len": full}
         return {**call, "kv_start": full - 20, "num_queries": full - N + 2, **common}
@@ -47,7 +60,18 @@ def arguments(op, dtype=torch.float32, B=2, T=3, D=16, N=40, seed=0):
 
 def required(op):
     count = {"select_topk": 2, "score_keys": 3, "sparse_attention": 6, "verify_attention": 4}
+    count |= {"pack_int4": 2, "int4_linear": 3, "int4_linear_partials": 3}
     return count.get(op, 5)
+
+
+def right(op, values):
+    """By the reference, and how far the op may be from it."""
+    if "int4_linear" in op:
+        product = reference.int4_linear(values["input"], VALUES, values["scales"])
+        # In bfloat16 whatever the input; on the CPU there is one part.
+        product = product.flatten(0, -2)[None] if "partials" in op else product
+        return product, dict(rtol=1e-2, atol=5e-2)
+    return call(op, values, getattr(reference, op)), dict(rtol=1e-4, atol=1e-5)
 
 
 def call(op, values, function=None):
@@ -112,15 +136,15 @@ def test_compiles_with_inductor():
     torch.testing.assert_close(compiled(*args), draft_then_verify(*args))
 
 
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", [op for op in OPS if op != "pack_int4"])  # in an order of its own
 def test_options_default_to_none(op):
     """Left out, None and the documented default are the same call."""
     values = arguments(op)
     few = {name: values[name] for name in list(values)[: required(op)]}
     none = {name: values[name] if name in few else None for name in values}
-    expected = call(op, few, getattr(reference, op))
+    expected, tolerance = right(op, few)
     for result in (call(op, few), call(op, none)):
-        torch.testing.assert_close(result, expected, check_dtype=False, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(result, expected, check_dtype=False, **tolerance)
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -137,12 +161,16 @@ def test_autograd_is_refused(op):
 
 def wrong_tensor(draw, name, x):
     """A tensor that is wrong in one way, and the error that way deserves."""
-    ways = ["no tensor", "rank", "dtype", "device", "size"]
+    ways = ["no tensor", "rank", "dtype", "size"]
+    if name != "values":  # alone it may be on any
+        ways.append("device")
     if x.shape[-1] > 1:
         ways.append("stride")
     way = draw(st.sampled_from(ways), label="way")
     if way == "no tensor":
         return draw(st.sampled_from([x.tolist(), 3, "x"])), TypeError
+    if way == "rank" and name == "input":
+        return x[0, 0, 0], ValueError  # of any other
     if way == "rank":
         # Every rank below 3 is wrong for scores, which take any number of leading dimensions.
         ranks = [x[0, 0] if name == "scores" else x[0]]
@@ -151,7 +179,7 @@ def wrong_tensor(draw, name, x):
         return (wrong[0] if name == "scores" else wrong), ValueError
     if way == "dtype":
         every = (torch.float64, torch.int64, torch.int32, torch.uint8, torch.bool, *FLOAT)
-        allowed = FLOAT if name == "query" else (x.dtype,)
+        allowed = FLOAT if name in ("query", "input") else (x.dtype,)
         return x.to(draw(st.sampled_from([t for t in every if t not in allowed]))), TypeError
     if way == "device":
         return x.to("meta"), ValueError
@@ -163,6 +191,7 @@ def wrong_tensor(draw, name, x):
 
 # Sizes one argument alone may choose: its number of selected keys, capacity, queries, layers.
 FREE = {("indices", 2), ("scores", 0), ("scores", 1), ("scores", 2), ("scores", 3), ("query", 2)}
+FREE |= {("input", 0), ("input", 1)}
 
 
 @settings(max_examples=400, deadline=None)
@@ -181,6 +210,7 @@ def test_wrong_tensors_are_named(data):
         assume(not any((name, d) in free for d in grown))
     # The caller may mean either side of a disagreement: key may be blamed for query.
     partner = {"query": "(query|key)", "key": "(key|value)", "scores": "(scores|candidates)"}
+    partner["input"] = "(input|packed)"
     pattern = f"^{op}: {partner.get(name, name)} (has|is) .*, expected .*; .+"
     with pytest.raises(error) as caught:
         call(op, values)
@@ -199,6 +229,8 @@ OPTION_ERRORS = [
     ("window", 0, ValueError),
     ("window", -3, ValueError),
     ("window", 2.0, TypeError),
+    ("group", 48, ValueError),
+    ("group", 32.0, TypeError),
     ("k", 0, ValueError),
     ("k", -1, ValueError),
     ("k", 41, ValueError),
@@ -218,7 +250,7 @@ def test_wrong_options_are_named(op):
             call(op, values)
 
 
-@pytest.mark.parametrize("op", [op for op in OPS if op != "select_topk"])
+@pytest.mark.parametrize("op", ATTENTION)
 @pytest.mark.parametrize(
     "Hq, Hkv, T, D, name",
     [
