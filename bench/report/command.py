@@ -28,6 +28,7 @@ its first record says which, with versions, driver, commit and date:
   kernels   kernels-DEVICE.jsonl, by python -m bench kernels; a plot beside it
   prefill   prefill-DEVICE.jsonl, by python -m bench prefill
   promises  promises-DEVICE.jsonl, by python -m bench promises
+  real      real-DEVICE.jsonl, by python -m bench real
   ceiling   roofline.md, by python -m bench roofline: predicted, not measured
   pays      rows of demo and of ceiling
 

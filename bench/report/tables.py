@@ -9,6 +9,7 @@ from typing import Any
 
 from bench.environment import in_words
 from bench.records import Record, markdown_table, read
+from bench.report import real as pretrained
 from bench.roofline.tables import EXPECTED
 
 # Of bench/results/roofline.md: rows, columns, and the GPU.
@@ -122,6 +123,13 @@ def _promises(about: Record, records: list[Record]) -> list[str]:
                          *("-" if took is None else f"{took:.1f}" for took in cells)))  # fmt: skip
     where = f"Milliseconds a pass, batch 1, greedy; {in_words(about)}."
     return [*markdown_table(head, rows), "", where] if rows else []
+
+
+# A pretrained model on real texts
+
+
+def real(results: Path) -> list[str]:
+    return _each(results, "real", pretrained.tables)
 
 
 # Decoding
@@ -328,6 +336,7 @@ TABLES: dict[str, Callable[[Path], list[str]]] = {
     "kernels": kernels,
     "prefill": prefill,
     "promises": promises,
+    "real": real,
     "ceiling": ceiling,
     "pays": pays,
 }

