@@ -1,8 +1,9 @@
 """The frozen launch table: the tile sizes each kernel runs with, and how each row is known.
 
 A row is chosen from the op, the architecture, the precision and the head dim, and the split
-length from the cache's capacity as well; never from T or B. verify_attention's promise, that a
-row's bits do not depend on T or on the batch, rests on this. Nothing is tuned at run time.
+length from the cache's capacity as well; never from T or B (int4_linear, which reads no cache, has
+a kernel for one row, for few and for many). verify_attention's promise, that a row's bits do not
+depend on T or on the batch, rests on this. Nothing is tuned at run time.
 
 Every row can be compiled without a GPU: an op's kernels and launcher stand in the module
 `std_kernels._<op>_kernels`, which has a function `aot_specs(arch, dtype, row)` that returns a

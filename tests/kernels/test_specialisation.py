@@ -131,3 +131,22 @@ def test_a_batch_beyond_the_grid_is_named(launches, op):
     match = f"^{op}: key has B \\* Hkv = 65538, expected at most 65535 on a GPU; pass .*"
     with pytest.raises(ValueError, match=match):
         launches(op, *rows)
+
+
+@pytest.mark.parametrize("numbers", [(1,), (2, 3, 16), (17, 40)])
+def test_one_4_bit_kernel_serves_every_weight_and_every_slice(monkeypatch, numbers):
+    """Sizes that are ones or multiples of 16 are not another kernel, nor is a layer's share."""
+    module, seen = import_module("std_kernels._int4_linear_kernels"), []
+    monkeypatch.setattr(module, "arch_of", lambda device: "sm_90")
+    for name in ("_int4_linear_row_kernel", "_int4_linear_rows_kernel"):
+        monkeypatch.setattr(module, name, Spy(getattr(module, name), seen))
+    module._plan.cache_clear()
+    for N, K in ((16, 128), (80, 128), (208, 640)):
+        packed = torch.zeros(N, K // 2, dtype=torch.uint8)
+        scales = torch.zeros(K // 128, N, 2, dtype=torch.bfloat16)
+        for R in numbers:
+            for part in (slice(None), slice(64, None) if N > 64 else slice(None)):
+                given = torch.zeros(R + 1, K, dtype=torch.bfloat16)[1:], packed[part]
+                module.int4_linear_partials(*given, scales[:, part])
+    module._plan.cache_clear()
+    assert len(seen) == 6 * len(numbers) and len({key for *_, key in seen}) == 1
