@@ -1,21 +1,24 @@
-"""4-bit copies of a linear layer's weights, and the product with them, by what PyTorch ships.
+"""4-bit copies of a linear layer's weights, and the product with them: `std_kernels.int4_linear`.
 
-The format is that of PyTorch's int4 matmul: along each row, groups of 128 (64, 32) weights share
-a scale and a zero, both bfloat16; w = (q - 8) * scale + zero with q from 0 to 15. That is 0.53
-bytes a weight. Rounding is to the nearest, between the least and the largest weight of a group.
+Along each row, groups of 128 (64, 32) weights share a scale and a zero, both bfloat16;
+w = (q - 8) * scale + zero with q from 0 to 15. That is 0.53 bytes a weight. Rounding is to the
+nearest, between the least and the largest weight of a group.
 
 Copies serve drafts alone, so what rounding costs is agreement, never a token.
 """
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+import std_kernels as sk
+
 GROUPS = (128, 64, 32)  # the first that divides a row is taken
-ROWS = 16  # PyTorch's CPU kernel packs so many output features together, its CUDA kernel 8
+ROWS = 16  # output features that `std_kernels.pack_int4` packs together
 CHUNK = 1 << 24  # weights that are quantised at a time, which bounds what is needed besides
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -46,11 +49,13 @@ def no_kernel(device: torch.device) -> str | None:
     if device.type == "meta":
         return "weights are offloaded"
     if device.type == "cuda":
+        if find_spec("triton") is None:
+            return "4-bit matmul on a GPU takes Triton, which is not installed"
         capability = torch.cuda.get_device_capability(device)
         if torch.version.hip is None and capability < (8, 0):
             return "4-bit matmul takes a GPU of compute capability 8.0 or newer"
         return None
-    return None if device.type == "cpu" else f"PyTorch has no 4-bit matmul on {device.type}"
+    return None if device.type == "cpu" else f"there is no 4-bit matmul on {device.type}"
 
 
 def refusal(weight: Tensor) -> str | None:
@@ -87,7 +92,7 @@ def quantize(weight: Tensor) -> Quantized:
 
 
 def _chunk_rows(columns: int) -> int:
-    # In whole packing blocks of every kernel, so that packed chunks are what the whole would be.
+    # In whole packing blocks of every device, so that packed chunks are what the whole would be.
     return max(64, CHUNK // columns // 64 * 64)
 
 
@@ -114,37 +119,30 @@ def _unpacked(values: Tensor) -> Tensor:
     return torch.stack((values >> 4, values & 15), dim=-1).flatten(1)
 
 
-def pack(values: Tensor) -> Tensor:
-    """`Quantized.values` in the order in which the matmul of their device reads them."""
-    columns = 2 * values.shape[1]
-    if values.device.type == "cuda":
-        # The more k-tiles of 16 side by side, the longer a thread's loads: 8 are 16 bytes.
-        tiles = next(tiles for tiles in (8, 4, 2) if columns % (16 * tiles) == 0)
-        return torch.ops.aten._convert_weight_to_int4pack(values, tiles)
-    convert = torch.ops.aten._convert_weight_to_int4pack_for_cpu
-    chunks = values.split(_chunk_rows(columns))
-    return torch.cat([convert(_unpacked(chunk).int(), 2) for chunk in chunks])
+def pack(values: Tensor, group: int, out: Tensor | None = None) -> Tensor:
+    """`Quantized.values` in the order in which the matmul of their device reads them.
+
+    Args:
+        out: where to, ``[N, K / 2]``; anew where None.
+    """
+    out = torch.empty_like(values) if out is None else out
+    rows = _chunk_rows(2 * values.shape[1])
+    for chunk, into in zip(values.split(rows), out.split(rows)):
+        into.copy_(sk.pack_int4(chunk, group))
+    return out
 
 
-def linear(
-    input: Tensor, packed: Tensor, scales: Tensor, group: int, bias: Tensor | None
-) -> Tensor:
-    """``F.linear`` with packed weights.
+def reads_slices(device: torch.device) -> bool:
+    """Whether the matmul of a device reads a layer's share of several layers' scales in place."""
+    return device.type == "cuda"
+
+
+def linear(input: Tensor, packed: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
+    """``F.linear`` with packed weights, in bfloat16 whatever the input's dtype.
 
     Args:
         input: ``[..., K]``.
         packed: of `pack`, ``[N, K]`` before.
         scales: of `Quantized`.
-
-    Note:
-        Multiplies in bfloat16, whatever the input's dtype: on CUDA the kernel takes nothing else,
-        and on the CPU it is slow in any other (0.1 s against 0.5 ms for 4096 x 4096 and one row
-        in float32, one core of an AMD EPYC with AVX-512).
     """
-    rows = input.reshape(-1, input.shape[-1]).to(torch.bfloat16).contiguous()
-    if rows.device.type == "cuda":
-        product = torch.ops.aten._weight_int4pack_mm(rows, packed, group, scales)
-    else:
-        product = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, packed, group, scales)
-    product = product.view(*input.shape[:-1], -1).to(input.dtype)
-    return product if bias is None else product + bias
+    return sk.int4_linear(input.contiguous(), packed, scales, bias)

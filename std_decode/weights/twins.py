@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from threading import RLock
@@ -25,6 +25,7 @@ from torch.overrides import TorchFunctionMode
 from std_decode.costs.memory import free_memory, gigabytes
 from std_decode.model.running_pass import running_pass
 from std_decode.weights import quantize
+from std_decode.weights.joint import Joint
 
 SHOWN_AFTER = 1.0  # seconds of quantising, before someone at a terminal is told
 _NONE = "no linear layer can have 4-bit weights"
@@ -41,7 +42,7 @@ class TwinnedLinear(nn.Linear):
         if running is not None and running.twins is not None:
             twin = self._std_decode_twin
             if running.twins is twin.owner and twin.packed is not None:
-                return quantize.linear(input, twin.packed, twin.scales, twin.group, self.bias)
+                return quantize.linear(input, twin.packed, twin.scales, self.bias)
         return F.linear(input, self.weight, self.bias)
 
 
@@ -59,7 +60,7 @@ class _Recognised(TorchFunctionMode):
             twin = self.twins.get(args[1].data_ptr())
             if twin is not None and twin.packed is not None and twin.weight.shape == args[1].shape:
                 bias = args[2] if len(args) > 2 else (kwargs or {}).get("bias")
-                return quantize.linear(args[0], twin.packed, twin.scales, twin.group, bias)
+                return quantize.linear(args[0], twin.packed, twin.scales, bias)
         return func(*args, **(kwargs or {}))
 
 
@@ -70,18 +71,19 @@ class Twin:
     Attributes:
         name: of the layer in the model.
         wrapped: whether the layer's forward was replaced.
-        packed, scales, group: see `quantize`; None until made, and in copies of a model.
+        packed, scales: see `quantize`; None until made, and in copies of a model.
         made_of: what it was made of, see `_made_of`.
+        joint: what it is part of, see `Twins.joint`.
     """
 
     name: str
     layer: nn.Linear
     owner: Twins
     wrapped: bool
-    packed: Tensor | None = None
+    packed: Any = None
     scales: Any = None
-    group: int = 0
     made_of: Any = None
+    joint: Joint | None = None
 
     @property
     def weight(self) -> Tensor:
@@ -97,15 +99,23 @@ class Twin:
 
     def take(self, quantized: quantize.Quantized) -> None:
         values, scales = (part.to(self.weight.device) for part in quantized)
-        packed, known = quantize.pack(values), self.packed
-        if known is None or known.device != packed.device or known.shape != packed.shape:
-            self.packed, self.scales, self.group = packed, scales, quantized.group
-            return
-        known.copy_(packed)  # stays where captured passes look for it
-        self.scales.copy_(scales)
+        known = self.packed
+        if (
+            known is None
+            or (known.device, known.shape) != (values.device, values.shape)
+            or self.scales.shape != scales.shape
+        ):
+            self.packed, self.scales = quantize.pack(values, quantized.group), scales
+        else:  # stays where captured passes look for it
+            quantize.pack(values, quantized.group, out=known)
+            self.scales.copy_(scales)
+        if self.joint is not None:
+            self.joint.gather()
 
     def drop(self) -> None:
         self.packed = self.scales = self.made_of = None
+        if self.joint is not None:
+            self.joint.drop()
 
     def __getstate__(self) -> dict[str, Any]:
         # Copies and pickles of a model begin without, as they do without engines, and make theirs.
@@ -128,6 +138,7 @@ class Twins:
         self.compiles = compiles
         self.twins: list[Twin] = []
         self.kept: dict[str, str] = {}
+        self.joints: list[Joint] = []
         self.missing: str | None = None
         for name, layer in _linear_layers(model):
             reason = self._refusal(layer)
@@ -183,6 +194,21 @@ class Twins:
         """What a draft runs in, so that wrapped layers read their twins."""
         wrapped = [twin for twin in self.twins if twin.wrapped]
         return _Recognised(wrapped) if wrapped else nullcontext()
+
+    def joint(self, layers: Sequence[nn.Linear]) -> Joint:
+        """The twins of `layers`, which have the same input, as one product.
+
+        Given the same layers again it is the same object. To be asked for before a draft is
+        captured: twins that are made already move into one buffer.
+        """
+        found = next((joint for joint in self.joints if joint.layers == list(layers)), None)
+        if found is None:
+            own = {twin.layer: twin for twin in self.twins}
+            found = Joint(list(layers), [own.get(layer) for layer in layers])
+            self.joints.append(found)
+            with _making, torch.inference_mode(False), torch.no_grad():
+                found.gather()
+        return found
 
     def make(
         self,

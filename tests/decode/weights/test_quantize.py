@@ -47,10 +47,8 @@ def test_the_product_is_that_of_the_rounded_weights(dtype, shape, bias):
     weight, added = torch.randn(80, 384), torch.randn(80) if bias else None
     copy = quantize.quantize(weight)
     given = torch.randn(*shape, 2 * 384)[..., ::2].to(dtype)  # strided
-    packed = quantize.pack(copy.values)
-    got = quantize.linear(
-        given, packed, copy.scales, copy.group, None if added is None else added.to(dtype)
-    )
+    packed = quantize.pack(copy.values, copy.group)
+    got = quantize.linear(given, packed, copy.scales, None if added is None else added.to(dtype))
     assert got.dtype == dtype and got.shape == (*shape, 80)
     exact = linear(
         given.double(),
@@ -69,39 +67,31 @@ def test_the_product_is_that_of_the_rounded_weights(dtype, shape, bias):
 def test_large_layers_are_quantised_and_packed_in_parts(monkeypatch):
     weight = torch.randn(336, 128)
     whole = quantize.quantize(weight)
-    packed = quantize.pack(whole.values)
+    packed = quantize.pack(whole.values, whole.group)
     monkeypatch.setattr(quantize, "CHUNK", 100 * 128)
     assert quantize._chunk_rows(128) == 64
     parts = quantize.quantize(weight)
     assert torch.equal(whole.values, parts.values) and torch.equal(whole.scales, parts.scales)
-    assert torch.equal(packed, quantize.pack(parts.values))
+    assert torch.equal(packed, quantize.pack(parts.values, parts.group))
+    into = torch.full_like(packed, 255)
+    assert quantize.pack(parts.values, parts.group, out=into) is into and torch.equal(into, packed)
 
 
-def test_the_order_that_the_cuda_kernel_packs(monkeypatch):
-    """On CUDA a byte's high half is the even column, and 8 k-tiles go side by side where they can.
-
-    There is no GPU: what is checked is what would be handed to PyTorch's conversion."""
-    given = []
-    monkeypatch.setattr(
-        torch.ops.aten, "_convert_weight_to_int4pack", lambda *args: given.append(args)
-    )
-    for columns, tiles in ((384, 8), (192, 4), (96, 2)):
-        copy = quantize.quantize(torch.randn(16, columns))
-
-        class Values:
-            device, shape = torch.device("cuda"), copy.values.shape
-
-        quantize.pack(Values())
-        assert given.pop()[1] == tiles
-    q = quantize._unpacked(copy.values)
-    assert torch.equal(copy.values, q[:, ::2] * 16 + q[:, 1::2]) and int(q.max()) == 15
+def test_a_gpu_without_triton_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    gpu = torch.device("cuda")
+    assert quantize.no_kernel(gpu) is None
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert "compute capability 8.0" in quantize.no_kernel(gpu)
+    monkeypatch.setattr(quantize, "find_spec", lambda name: None)
+    assert "takes Triton, which is not installed" in quantize.no_kernel(gpu)
 
 
 def test_bytes_are_those_that_are_stated():
     for rows, columns in ((16, 32), (48, 96), (80, 384)):
         copy = quantize.quantize(torch.randn(rows, columns))
         assert copy.values.nbytes + copy.scales.nbytes == quantize.nbytes(rows, columns)
-        assert quantize.pack(copy.values).nbytes == copy.values.nbytes
+        assert quantize.pack(copy.values, copy.group).nbytes == copy.values.nbytes
 
 
 @pytest.mark.gpu
@@ -113,7 +103,7 @@ def test_the_product_on_a_gpu(rows, columns):
     copy = quantize.quantize(weight)
     assert torch.equal(copy.values.cpu(), quantize.quantize(weight.cpu()).values)
     given = torch.randn(rows, columns, device="cuda", dtype=torch.bfloat16)
-    got = quantize.linear(given, quantize.pack(copy.values), copy.scales, copy.group, None)
+    got = quantize.linear(given, quantize.pack(copy.values, copy.group), copy.scales, None)
     rounded = quantize.dequantize(copy)
     exact, plain = linear(given.double(), rounded.double()), linear(given, rounded.bfloat16())
     allowed = 2 * (plain.double() - exact).abs().max() + 2**-8 * exact.abs().max()
