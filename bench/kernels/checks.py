@@ -165,6 +165,22 @@ def score_keys(query: Tensor, key: Tensor, kv_len: Tensor, got: Tensor) -> float
     return worst
 
 
+def int4_linear(given: Tensor, values: Tensor, scales: Tensor, got: Tensor) -> float:
+    """The error of `got` [R, N] over what is allowed: twice that of rounded weights' product."""
+    worst, size = 0.0, 4096  # rows of the weight at a time
+    rows = given.bfloat16()  # what it works in
+    for first in range(0, len(values), size):
+        part = slice(first, first + size)
+        with torch.device(given.device):
+            exact = reference.int4_linear(rows, values[part], scales[:, part])
+            plain = reference.int4_linear(
+                rows, values[part], scales[:, part], dtype=torch.bfloat16
+            )
+        error = float((plain.double() - exact).abs().max())
+        worst = max(worst, excess(got[:, part], exact, error, FLOORS[torch.bfloat16]))
+    return worst
+
+
 def select_topk(scores: Tensor, k: int, got: Tensor) -> float:
     """0 if `got` is exact, else infinity: every row by a stable sort, some by the reference.
 

@@ -31,7 +31,8 @@ Times each op of std_kernels at the head shapes of real models, beside its rival
   select_topk                         torch.topk, and with the sort that our op does; flashinfer,
                                       and with our rule for ties
   score_keys                          the same in eager PyTorch
-  int4_linear                         PyTorch's 4-bit matmul that drafts use, beside whole weights
+  int4_linear                         whole weights, PyTorch's 4-bit matmul (on a GPU), gemlite;
+                                      and ours without the launch that adds the parts of K
 
 Libraries are timed where they are installed; the table names those that are not. They read the
 same tensors through views: planning, compiling and layouts are not in the times, copies would be.

@@ -1,4 +1,4 @@
-"""Attention of other libraries, where they are installed.
+"""Attention and 4-bit products of other libraries, where they are installed.
 
 A library gets views of the same tensors in its own layout; nothing is copied in what is timed. A
 dense cache [B, Hkv, N, D] becomes pages without a copy if each KV head of each row is a request.
@@ -23,6 +23,7 @@ LIBRARIES = {
     "flash-attn-3": "flash_attn_interface",
     "flashinfer": "flashinfer",
     "xformers": "xformers",
+    "gemlite": "gemlite",
 }
 PAGE = 64  # keys, for what takes pages
 WORKSPACE = 256 << 20  # bytes that flashinfer is given for its partial results
@@ -148,3 +149,22 @@ def xformers(given: Tensors) -> Rival:
         return partial(fmha.memory_efficient_attention_forward, rows, *cache, attn_bias=bias)
 
     return Rival(prepare, lambda out: out.permute(0, 2, 3, 1, 4).reshape(query.shape))
+
+
+def gemlite(given: Tensor, values: Tensor, scales: Tensor) -> Rival:
+    """GemLite: (q - zero) * scale, both in the inputs' precision, a row of each for each group."""
+    N, K = len(values), 2 * values.shape[1]
+
+    def prepare() -> Callable[[], Any]:
+        core = import_module("gemlite.core")
+        dtype = core.TORCH_TO_DTYPE[given.dtype]
+        layer = core.GemLiteLinearTriton(
+            4, group_size=K // len(scales), in_features=K, out_features=N, input_dtype=dtype,
+            output_dtype=dtype,
+        )  # fmt: skip
+        scale, zero = (x.float().T.reshape(-1, 1) for x in scales.unbind(-1))
+        q = torch.stack((values >> 4, values & 15), dim=-1).flatten(1)
+        layer.pack(q, scale.to(given.dtype), (8 - zero / scale).to(given.dtype), None)
+        return partial(layer.forward, given)
+
+    return Rival(prepare, extra=values.nbytes + 2 * values.numel())

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 import std_kernels as sk
@@ -213,29 +212,29 @@ def _score(inputs: Inputs, point: Point) -> Case:
 
 
 def _int4_linear(inputs: Inputs, point: Point) -> Case:
-    """PyTorch's matmul with the 4-bit weights of a draft, beside that with whole ones."""
+    """The product with the 4-bit weights of a draft, beside others' and that with whole ones."""
     shape = point.matrix_shape
     weight = inputs.normal(*shape) / shape[1] ** 0.5
     given = inputs.normal(point.batch, shape[1])
     copy = quantize.quantize(weight)
-    packed = quantize.pack(copy.values)
+    packed = quantize.pack(copy.values, copy.group)
     moved = quantize.nbytes(*shape) + given.itemsize * point.batch * sum(shape)
 
     def run() -> Tensor:
-        return quantize.linear(given, packed, copy.scales, copy.group, None)
+        return sk.int4_linear(given, packed, copy.scales)
 
-    def check() -> float:
-        worst, rounded = 0.0, quantize.dequantize(copy)
-        for part, got in zip(rounded.split(4096), run().split(4096, dim=1)):
-            exact = F.linear(given.double(), part.double())
-            plain = F.linear(given.bfloat16(), part.bfloat16())  # what the kernel works in
-            error = float((plain.double() - exact).abs().max())
-            worst = max(worst, checks.excess(got, exact, error, 2.0**-8))
-        return worst
+    def error(product: Tensor) -> float:
+        return checks.int4_linear(given, copy.values, copy.scales, product)
 
     kind = str(inputs.dtype).removeprefix("torch.")
-    note = f"PyTorch's; GB/s of 4-bit bytes; dense: {kind}"
-    return Case(moved, run, check, rivals.linear(given, weight), note)
+    return Case(
+        moved,
+        run,
+        lambda: error(run()),
+        rivals.linear(given, weight, copy, packed),
+        f"GB/s of 4-bit bytes; dense: {kind}",
+        lambda rival, result: error(rival.output(result)),
+    )
 
 
 _CASES: dict[str, Callable[[Inputs, Point], Case]] = {

@@ -18,6 +18,8 @@ OPS = (
     "int4_linear",
 )
 SCORING = 64  # queries that score_keys averages over
+# Those with the same input as one, as drafts read them.
+MATRICES = ("qkv", "o", "gate_up", "down", "head")
 TAIL = 64  # keys after the listed ones that sparse_attention reads
 # Of other head dims, for kernels only; from the models' config.json on Hugging Face.
 MORE_SHAPES = {
@@ -37,7 +39,7 @@ class Point(NamedTuple):
     context: int = 0  # N; 0 for int4_linear, which reads no cache
     tokens: int = 0  # T, for an op that has it
     keys: int = 0  # K, for an op that has it
-    matrix: str = ""  # of int4_linear: "up", "down" or "head"
+    matrix: str = ""  # of int4_linear: one of MATRICES
 
     @property
     def model(self) -> Shape:
@@ -47,8 +49,11 @@ class Point(NamedTuple):
     def matrix_shape(self) -> tuple[int, int]:
         """Outputs and inputs of the linear layer."""
         model = self.model
+        queries, keys = model.heads * model.head_dim, model.kv_heads * model.head_dim
         return {
-            "up": (model.intermediate, model.hidden),
+            "qkv": (queries + 2 * keys, model.hidden),
+            "o": (model.hidden, queries),
+            "gate_up": (2 * model.intermediate, model.hidden),
             "down": (model.hidden, model.intermediate),
             "head": (model.vocabulary, model.hidden),
         }[self.matrix]
@@ -78,14 +83,14 @@ class Grid(NamedTuple):
     contexts: Sequence[int]
     tokens: Sequence[int]
     keys: Sequence[int]
-    matrices: Sequence[str] = ("up", "down")
+    matrices: Sequence[str] = ("gate_up", "down")
 
 
 GPU_GRID = Grid(MODELS, (1, 8, 32), (8192, 32768, 131072, 524288), (1, 4, 10), (256, 1024, 4096),
-                ("up", "down", "head"))  # fmt: skip
+                MATRICES)  # fmt: skip
 CPU_GRID = Grid(MODELS, (1, 8), (8192, 32768), (1, 4, 10), (256, 1024, 4096))
-QUICK_GPU = Grid(MODELS[:1], (1,), (8192, 32768, 131072), (1, 4), (1024,), ("up",))
-QUICK_CPU = Grid(MODELS[:1], (1,), (2048, 8192, 16384), (1, 4), (256,), ("up",))
+QUICK_GPU = Grid(MODELS[:1], (1,), (8192, 32768, 131072), (1, 4), (1024,), ("gate_up",))
+QUICK_CPU = Grid(MODELS[:1], (1,), (2048, 8192, 16384), (1, 4), (256,), ("gate_up",))
 
 
 def grid(sizes: Grid, ops: Sequence[str] = OPS) -> Iterator[Job]:
@@ -124,24 +129,18 @@ def round_preset() -> Iterator[Job]:
         Point("sparse_attention", model, B, N, 1, K)
         for B, N, K in ((1, 131072, 1024), (16, 32768, 1024), (1, 131072, 3072))
     ]
-    linear = [
-        Point("int4_linear", model, rows, matrix=matrix)
-        for rows, matrix in (
-            (1, "up"),
-            (4, "up"),
-            (16, "up"),
-            (32, "up"),
-            (1, "down"),
-            (1, "head"),
-        )  # fmt: skip
-    ]
+    each = [(rows, matrix) for rows in (1, 4, 16, 32) for matrix in MATRICES]
+    linear = [Point("int4_linear", model, rows, matrix=matrix) for rows, matrix in each]
+    telling = [p for p in linear if p.batch == 1 or p.matrix in ("gate_up", "down")]
     score = [Point("score_keys", model, B, N) for B, N in ((1, 25088), (1, 131072), (16, 32768))]
     scores = Point("verify_attention_with_scores", model, 16, 32768, 5)
     compiled = ("flexattention",)
     quick = ("sdpa-flash", "sdpa-efficient", "sdpa-cudnn", "sdpa", "sdpa+eager", "flash-attn",
              "flash-attn-3", "flashinfer", "xformers", "torch.topk", "torch.topk+sort",
-             "flashinfer+ties", "gather+sdpa", "eager", "dense-weights")  # fmt: skip
-    for point in (*verify, scores, *select, *sparse, *linear, *score):
+             "flashinfer+ties", "gather+sdpa", "eager", "dense-weights", "int4pack_mm", "gemlite",
+             "partials")  # fmt: skip
+    rest = [point for point in linear if point not in telling]
+    for point in (*verify, scores, *select, *sparse, *telling, *score, *rest):
         yield Job(point, quick)
     for point in (verify[0], sparse[0], verify[1]):
         yield Job(point, compiled)

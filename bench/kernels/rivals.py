@@ -15,8 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+import std_kernels as sk
 from bench.kernels import libraries
 from bench.kernels.libraries import LIBRARIES, Rival, Rivals, Tensors
+from std_decode.weights.quantize import Quantized
 
 BACKENDS = {
     "sdpa-flash": SDPBackend.FLASH_ATTENTION,
@@ -25,8 +27,8 @@ BACKENDS = {
     "sdpa-math": SDPBackend.MATH,
 }
 NAMES = (*BACKENDS, "sdpa", "flexattention", *LIBRARIES, "sdpa+eager", "torch.topk",
-         "torch.topk+sort", "flashinfer+ties", "gather+sdpa", "eager",
-         "dense-weights")  # fmt: skip
+         "torch.topk+sort", "flashinfer+ties", "gather+sdpa", "eager", "dense-weights",
+         "int4pack_mm", "partials")  # fmt: skip
 
 
 def _call(function: Callable[..., Any], *args: Any, **options: Any) -> Callable[[], Any]:
@@ -236,6 +238,29 @@ def scoring(query: Tensor, key: Tensor) -> Rivals:
     return {"eager": Rival(lambda: eager, extra=3 * 4 * rows[..., 0].numel() * N)}
 
 
-def linear(given: Tensor, weight: Tensor) -> Rivals:
-    """Of the product with 4-bit weights: the same with weights in the inputs' precision."""
-    return {"dense-weights": Rival(_call(F.linear, given, weight), compared=False)}
+def linear(given: Tensor, weight: Tensor, copy: Quantized, packed: Tensor) -> Rivals:
+    """Of int4_linear: weights in the inputs' precision, other 4-bit products, ours unadded.
+
+    On the CPU ours is PyTorch's.
+    """
+    found = {
+        "dense-weights": Rival(_call(F.linear, given, weight), compared=False),
+        "partials": Rival(
+            _call(sk.int4_linear_partials, given, packed, copy.scales), lambda parts: parts.sum(0)
+        ),
+    }
+    if given.is_cuda:
+        found["int4pack_mm"] = Rival(partial(_int4pack_mm, given, copy), extra=packed.nbytes)
+        found |= libraries.installed(
+            {"gemlite": partial(libraries.gemlite, given, copy.values, copy.scales)}
+        )
+    return found
+
+
+def _int4pack_mm(given: Tensor, copy: Quantized) -> Callable[[], Tensor]:
+    """PyTorch's, which takes nothing but bfloat16."""
+    # The more k-tiles of 16 side by side, the longer a thread's loads: 8 are 16 bytes.
+    tiles = next(tiles for tiles in (8, 4, 2) if given.shape[1] % (16 * tiles) == 0)
+    packed = torch.ops.aten._convert_weight_to_int4pack(copy.values, tiles)
+    rows = given.bfloat16()
+    return partial(torch.ops.aten._weight_int4pack_mm, rows, packed, copy.group, copy.scales)

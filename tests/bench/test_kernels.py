@@ -58,7 +58,7 @@ def test_what_it_writes(tmp_path, capsys):
         assert record["gb_per_s"] == pytest.approx(record["bytes"] / record["cold_ms"] / 1e6)
         assert ("ours_takes" in record) == (record["what"] != "ours")
     named = {record["what"] for record in found} - {"ours"}
-    on_a_gpu = {"sdpa-efficient", "sdpa-cudnn", *libraries.LIBRARIES}
+    on_a_gpu = {"sdpa-efficient", "sdpa-cudnn", "int4pack_mm", *libraries.LIBRARIES}
     assert named == set(rivals.NAMES) - on_a_gpu
     text = (tmp_path / "cpu.md").read_text()
     assert all(word in text for word in (*OPS, *named, "not installed: flash-attn"))
@@ -113,6 +113,10 @@ def last_of_equals(right, scores, k):
     return scores.shape[-1] - 1 - right(scores.flip(-1), k).flip(-1)
 
 
+def other_columns(right, given, packed, scales):
+    return right(given.roll(1, -1), packed, scales)
+
+
 def unsorted(right, scores, k):
     found = right(scores, k)
     found[0, 0, 0, :2] = found[0, 0, 0, :2].flip(-1)
@@ -132,6 +136,7 @@ def unsorted(right, scores, k):
         ("sparse_attention", shorter_tail),
         ("score_keys", no_last_query),
         ("select_topk", unsorted),
+        ("int4_linear", other_columns),
     ],
 )
 def test_a_wrong_kernel_is_refused_and_not_timed(op, change, tmp_path, monkeypatch, capsys):
@@ -255,7 +260,7 @@ def test_the_grid():
         "sparse_attention": 9 * caches,
         "select_topk": 3 * caches,
         "score_keys": caches,
-        "int4_linear": 4 * 3 * 3,
+        "int4_linear": 4 * 3 * 5,
     }
     # A KV cache is made once: points that share it stand together.
     with_cache = [(p.shape, p.batch, p.context) for p in every if p.context]
