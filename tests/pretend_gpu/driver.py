@@ -10,7 +10,7 @@ import torch
 from tests.pretend_gpu import tensors
 from tests.pretend_gpu.ledger import ledger
 
-OPS = ("verify_attention", "sparse_attention", "score_keys", "select_topk")
+OPS = ("verify_attention", "sparse_attention", "score_keys", "select_topk", "int4_linear")
 
 
 class Utils:
@@ -76,4 +76,5 @@ def install() -> None:
         if hasattr(module, "arch_of"):
             module.arch_of = lambda device: "sm_90"  # its tensors are on the CPU here
     modules["verify_attention_with_scores"] = modules["verify_attention"]
+    modules["int4_linear_partials"] = modules["pack_int4"] = modules["int4_linear"]
     tensors.ops.update({name: getattr(module, name) for name, module in modules.items()})

@@ -8,6 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
+import std_kernels
 from tests.decode import recorder
 from tests.pretend_gpu.ledger import ledger
 
@@ -30,6 +31,8 @@ NO_LAUNCH = {
 # What only CUDA has.
 ONLY_THERE = {
     aten.bmm.dtype: lambda left, right, dtype: torch.bmm(left.to(dtype), right.to(dtype)),
+    aten._convert_weight_to_int4pack.default: lambda values, _: std_kernels.pack_int4(values, 32),
+    aten._weight_int4pack_mm.default: aten._weight_int4pack_mm_for_cpu.default,
 }
 ops: dict[str, Any] = {}  # launchers of std_kernels' Triton kernels, by the op's name
 

@@ -81,6 +81,21 @@ def test_bench_kernels(tmp_path):
     assert not [r for r in records if r["status"] != "ok" or "relaunched" in r], records
 
 
+@pytest.mark.slow
+def test_bench_kernels_of_4_bits(tmp_path):
+    """Packed, launched and captured as on a GPU, beside PyTorch's own product."""
+    done = bench(
+        "kernels", "--quick", "--shape", "tiny", "--op", "int4_linear", "--batch", "1", "5",
+        "--out", tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+    (path,) = tmp_path.glob("*.jsonl")
+    records = [json.loads(line) for line in path.read_text().splitlines()][1:]
+    named = {"copy", "ours", "partials", "int4pack_mm", "dense-weights"}
+    assert {r["what"] for r in records if r["status"] == "ok"} == named, records
+    assert not [r for r in records if r["status"] != "ok" or "relaunched" in r], records
+
+
 SANITIZER = """#!/bin/sh
 case "$*" in *"--report-api-errors no"*) ;; *) exit 99;; esac
 echo "verify_attention_with_scores, select_topk, long rows"
