@@ -21,10 +21,11 @@ from std_kernels._device import INTERPRET, Spec, aot_spec, cast, dot, in_units
 from std_kernels._tuning import BF16, Row, arch_of, config
 
 ROWS = 16  # that are packed together
-ADDED_AT_ONCE = 1024
+ADDED_AT_ONCE = 256
 # Programs that there are to be for each multiprocessor, by kernel: what hides the way to memory.
 PROGRAMS = {"one row": 3, "few rows": 2, "many rows": 2}
 MOST_SPLITS = 8  # partials of more rows would be as many bytes as the weights
+_MERGE = dict(MOST=MOST_SPLITS, BLOCK=ADDED_AT_ONCE)
 _INTERPRETED = 4  # multiprocessors, so that small tests have several splits
 
 
@@ -203,14 +204,15 @@ def _int4_linear_rows_kernel(
 def _int4_linear_merge_kernel(
     partial_ptr, bias_ptr, out_ptr,  # [S, size], [N] or None, [size]
     N, size, S,  # size: R * N
-    BLOCK: tl.constexpr,
+    MOST: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    # Unrolled, so that all parts are asked for before the first is added.
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < size
     out = tl.load(partial_ptr + at, mask=inside, other=0.0)
-    for _ in tl.range(1, S):
+    for split in tl.static_range(1, MOST):
         partial_ptr += size
-        out += tl.load(partial_ptr + at, mask=inside, other=0.0)
+        out += tl.load(partial_ptr + at, mask=inside & (split < S), other=0.0)
     if bias_ptr is not None:
         out += tl.load(bias_ptr + at % N, mask=inside, other=0.0).to(tl.float32)
     tl.store(out_ptr + at, cast(out, out_ptr.dtype.element_ty), mask=inside)
@@ -239,7 +241,7 @@ def int4_linear(input: Tensor, packed: Tensor, scales: Tensor, bias: Tensor | No
     partial = _launch(plan, rows, packed, scales, None, None)
     size = out.numel()
     _int4_linear_merge_kernel[(-(-size // ADDED_AT_ONCE),)](
-        partial, bias, out, N, size, plan.splits, BLOCK=ADDED_AT_ONCE, num_warps=4
+        partial, bias, out, N, size, plan.splits, **_MERGE, num_warps=2, num_stages=1
     )
     return out
 
@@ -287,7 +289,8 @@ def _plan(device: torch.device, kernel: str, N: int, K: int, group: int) -> _Pla
     wanted = PROGRAMS[kernel] * _multiprocessors(device)
     each = min(tiles, max(1, tiles * blocks // wanted, -(-tiles // MOST_SPLITS)))
     options = _options(row.block_m, row.block_n, row.split, row.num_stages, group)
-    options |= dict(PTX=_is_nvidia(device), num_warps=row.num_warps)
+    # The stages of its loop are the row's; there is no other.
+    options |= dict(PTX=_is_nvidia(device), num_warps=row.num_warps, num_stages=1)
     return _Plan(
         _kernel(kernel),
         blocks,
@@ -356,5 +359,5 @@ def aot_specs(arch: str, dtype: str, row: Row) -> list[Spec]:
         found.append(aot_spec(_kernel(row.kernel), types, sizes | bias, tile.num_warps))
     types = dict(partial_ptr="*fp32", bias_ptr="*bf16", out_ptr="*bf16")
     types |= dict.fromkeys(("N", "size", "S"), "i32")
-    merge = aot_spec(_int4_linear_merge_kernel, types, dict(BLOCK=ADDED_AT_ONCE), 4)
+    merge = aot_spec(_int4_linear_merge_kernel, types, _MERGE, 2)
     return [*found, merge]

@@ -142,6 +142,42 @@ def test_select_topk(rows, N, k, kind):
     assert torch.equal(got, again)
 
 
+def four_bits(N, K, group):
+    with torch.device("cpu"):
+        generator = torch.Generator().manual_seed(N)
+        values = torch.randint(256, (N, K // 2), dtype=torch.uint8, generator=generator)
+        pairs = torch.rand(K // group, N, 2, generator=generator) / 10 + 0.01
+    return values.to(DEVICE), pairs.bfloat16().to(DEVICE)
+
+
+# Matrices of a 7B: q, k, v in one, and down, whose K is split unevenly; odd ones.
+@pytest.mark.parametrize(
+    "N, K, group",
+    [
+        (real(4608, 80), real(3584, 384), 128),
+        (real(3584, 48), real(18944, 640), 128),
+        (real(336, 16), real(192, 64), 64),
+        (real(1040, 16), real(4896, 96), 32),
+    ],
+)
+@pytest.mark.parametrize("rows", real([1, 2, 16, 33], [1, 3]))
+def test_int4_linear(assert_accurate, N, K, group, rows):
+    values, scales = four_bits(N, K, group)
+    given, bias = torch.randn(rows, K, dtype=BF16), torch.randn(N, dtype=BF16)
+    packed = sk.pack_int4(values, group)
+    exact = reference.int4_linear(given, values, scales, bias)
+    plain = reference.int4_linear(given, values, scales, bias, dtype=BF16)
+    got = sk.int4_linear(given, packed, scales, bias)
+    assert_accurate(got, exact, plain)
+    parts = sk.int4_linear_partials(given, packed, scales)
+    assert torch.equal((sum(parts[1:], parts[0]) + bias.float()).to(BF16), got)
+    if N > 64:
+        part = slice(64, N)
+        alone = sk.pack_int4(values[part], group), scales[:, part].contiguous()
+        shared = packed[part], scales[:, part]
+        assert torch.equal(*(sk.int4_linear(given, *weight) for weight in (alone, shared)))
+
+
 @pytest.mark.parametrize("N, D, G, _, dtype", SOME)
 def test_verify_rows_do_not_depend_on_their_number(big_cache, N, D, G, _, dtype):
     """Bit for bit: the last T tokens of 16, for any T, and each token alone."""
@@ -307,6 +343,11 @@ def run_every_op():
         results = {name: call() for name, call in every_op(cache).items()}
         long = torch.randn(1, 1, real(40001, 201))
         results["select_topk, long rows"] = (sk.select_topk(long, 99),)
+        values, scales = four_bits(80, 160, 32)
+        weight = sk.pack_int4(values, 32), scales
+        for rows in (1, 5, 33):
+            given = torch.randn(rows, 160, dtype=FP16)
+            results[f"int4_linear, {rows} rows"] = (sk.int4_linear(given, *weight),)
         for name, tensors in results.items():
             for x in tensors:
                 assert not x.isnan().any(), name
