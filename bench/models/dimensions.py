@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
-# Draft weights: 4 bits each, and a bfloat16 scale and zero for each group of 128.
-GROUP = 128
-FOUR_BIT_BYTES = 0.5 + (2 + 2) / GROUP
+from std_decode.costs.expected import FOUR_BIT_BYTES
+
+GROUP = 128  # draft weights: 4 bits each, and a bfloat16 scale and zero for each so many
 
 
 class Counts(NamedTuple):

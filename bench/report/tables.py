@@ -263,7 +263,7 @@ def ceiling(results: Path) -> list[str]:
         size = re.search(rf"^- {model}: .*; (\S+ KiB) of KV cache a token$", text, re.MULTILINE)
         of_cache = f"{size[1]} of KV cache a token" if size else "?"
         shown.append([f"{name} ({of_cache})", "ceiling", *found[model].values()])
-        shown.append(["", "expected today", *expected[model].values()])
+        shown.append(["", "expected", *expected[model].values()])
     head = ["predicted, bfloat16 / 4-bit drafts", "", f"{CELLS[0]} tokens", *CELLS[1:]]
     return markdown_table(head, shown)
 

@@ -14,6 +14,6 @@ from std_decode.costs.workload import Device
 def make_cell(options: argparse.Namespace, model: str, gpu: str, batch: int, context: int) -> Cell:
     """Of so many GPUs as were asked for, or as it takes."""
     peak = GPUS[gpu].device
-    device = Device(options.efficiency * peak.bandwidth, peak.flops)
+    device = Device(options.efficiency * peak.bandwidth, peak.flops, peak.cycles)
     cell = Cell(SHAPES[model], device, 1, batch, context, options.top_k_keys)
     return replace(cell, gpus=options.tensor_parallel or fewest_gpus(cell, GPUS[gpu]))

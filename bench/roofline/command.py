@@ -18,6 +18,7 @@ from bench.models.dimensions import FOUR_BIT_BYTES, GROUP, SHAPES
 from bench.roofline import expected
 from bench.roofline.cells import make_cell
 from bench.roofline.devices import GPUS
+from bench.roofline.measured import efficiency
 from bench.roofline.predictions import (
     MOST_DRAFTS,
     USABLE,
@@ -26,6 +27,7 @@ from bench.roofline.predictions import (
     can_share,
 )
 from bench.roofline.words import MODELS, WAYS, assumptions
+from std_decode.costs.expected import EXPECTED
 
 
 def _lines(names: Iterable[str]) -> str:
@@ -59,9 +61,11 @@ speedup is a ceiling, and one a little above 1.00x will hardly be seen. Nor does
 model understands so long a context, or accepts so many drafts.
 
 WHAT TO EXPECT. "expected" has launches, small kernels, the pace that each kind of kernel reaches
-and the selection in it: of today's code, passes captured and not compiled, over our own dense
-path. It is predicted as well, from machine code and published speeds of others
-(bench/roofline/expected.py).
+and the selection in it, over our own dense path; passes are captured and not compiled, a layer
+is {EXPECTED.dense_launches} launches, and 4-bit weights are read once for up to
+{EXPECTED.tile_rows} rows (with more, drafts multiply whole weights). It is predicted as well, from
+machine code and published speeds of others (std_decode/costs/expected.py), but for what results
+files of the same GPU in bench/results say.
 
 WHERE IT STARTS TO PAY. "pays from context" is the smallest context at this batch where drafting
 gains anything, "pays from batch" the smallest batch at this context. (At short contexts a larger
@@ -194,7 +198,7 @@ def records(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
             drafting = cell.drafting(four_bit, *given)
             dense = options.draft_length is None and drafting.speedup <= 1
             peak = replace(cell, device=GPUS[gpu].device)  # it has efficiencies of its own
-            real = expected.drafting(peak, four_bit, *given)
+            real = expected.drafting(peak, four_bit, *given, by=efficiency(gpu))
             best = cell.dense() if dense else drafting
             found = _record(model, gpu, cell, way, four_bit, best, real.speedup)
             found |= dict(drafting_length=drafting.drafts, drafting_speedup=drafting.speedup)

@@ -10,7 +10,10 @@ GIB = 1 << 30
 
 
 class Gpu(NamedTuple):
-    """Peak figures; `device.flops` is dense bfloat16 with float32 accumulation."""
+    """Peak figures; `device.flops` is dense bfloat16 with float32 accumulation.
+
+    `device.cycles` is multiprocessors (AMD: compute units) times their boost clock.
+    """
 
     memory: int  # in bytes; a data sheet's GB of memory are GiB
     device: Device
@@ -20,13 +23,23 @@ class Gpu(NamedTuple):
 GPUS = {
     "h200": Gpu(141 * GIB, Device(4.8e12, 989e12), "NVIDIA H200 data sheet, SXM"),
     "h100": Gpu(80 * GIB, Device(3.35e12, 989e12), "NVIDIA H100 data sheet, SXM"),
-    "a100": Gpu(80 * GIB, Device(2.039e12, 312e12), "NVIDIA A100 data sheet, 80 GB SXM"),
-    "b200": Gpu(180 * GIB, Device(8e12, 2250e12), "NVIDIA DGX B200 data sheet, one of 8"),
-    "h100-pcie": Gpu(80 * GIB, Device(2e12, 756e12), "NVIDIA H100 data sheet, PCIe"),
-    "h100-nvl": Gpu(94 * GIB, Device(3.9e12, 835e12), "NVIDIA H100 NVL data sheet"),
-    "l40s": Gpu(48 * GIB, Device(864e9, 362e12), "NVIDIA L40S data sheet"),
-    "rtx-4090": Gpu(24 * GIB, Device(1.008e12, 165e12), "NVIDIA Ada architecture whitepaper"),
-    "mi300x": Gpu(192 * GIB, Device(5.3e12, 1307e12), "AMD Instinct MI300X data sheet"),
+    "a100": Gpu(
+        80 * GIB, Device(2.039e12, 312e12, 108 * 1.41e9), "NVIDIA A100 data sheet, 80 GB SXM"
+    ),
+    "b200": Gpu(
+        180 * GIB, Device(8e12, 2250e12, 148 * 1.85e9), "NVIDIA DGX B200 data sheet, one of 8"
+    ),
+    "h100-pcie": Gpu(
+        80 * GIB, Device(2e12, 756e12, 114 * 1.755e9), "NVIDIA H100 data sheet, PCIe"
+    ),
+    "h100-nvl": Gpu(94 * GIB, Device(3.9e12, 835e12, 132 * 1.785e9), "NVIDIA H100 NVL data sheet"),
+    "l40s": Gpu(48 * GIB, Device(864e9, 362e12, 142 * 2.52e9), "NVIDIA L40S data sheet"),
+    "rtx-4090": Gpu(
+        24 * GIB, Device(1.008e12, 165e12, 128 * 2.52e9), "NVIDIA Ada architecture whitepaper"
+    ),
+    "mi300x": Gpu(
+        192 * GIB, Device(5.3e12, 1307e12, 304 * 2.1e9), "AMD Instinct MI300X data sheet"
+    ),
 }
 
 

@@ -47,7 +47,8 @@ class Cell:
 
     @property
     def together(self) -> Device:
-        return Device(self.gpus * self.device.bandwidth, self.gpus * self.device.flops)
+        one = self.device
+        return Device(*(self.gpus * x for x in (one.bandwidth, one.flops, one.cycles)))
 
     @property
     def kv_bytes(self) -> int:
@@ -69,6 +70,8 @@ class Cell:
             context=self.context,
             draft_keys=self.keys,
             draft_weight_bytes=shape.weight_bytes(rows, four_bit),
+            layers=shape.layers,
+            kv_heads=shape.kv_heads,
         )
 
     def dense_seconds(self, tokens: int = 1) -> float:

@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from bench.roofline.devices import GPUS
+from bench.roofline.measured import efficiency
 from bench.roofline.predictions import MOST_BATCH, MOST_CONTEXT, USABLE
 from bench.roofline.words import PREDICTED, WAYS, command, gpu_in_words, in_words, model_in_words
 from std_decode.app.output import replace_file
+from std_decode.costs import expected as costs
 
 _HEAD = (
     "batch", "context", "GPUs", "what", "drafts", "ms/step", "tokens/step", "tokens/s", "speedup",
@@ -85,7 +87,7 @@ def _overview(records: Records, what: str = "speedup") -> tuple[list[str], list[
     return ["model", "GPU", *(f"{batch} x {context:,}" for context, batch in places)], rows
 
 
-EXPECTED = "expected of today's code"
+EXPECTED = "what to expect"
 _OVERVIEW = "batch x context: speedup over dense decoding with bf16 / 4-bit drafts"
 
 
@@ -123,6 +125,13 @@ def rich_tables(options: argparse.Namespace, records: Records) -> list[Any]:
     return shown
 
 
+def _paces(gpus: list[str]) -> str:
+    measured = [gpu for gpu in gpus if efficiency(gpu) != costs.EXPECTED]
+    if not measured:
+        return "No pace has been measured: they are those of `std_decode/costs/expected.py`."
+    return f"Paces of {', '.join(measured)} are measured as far as results files go."
+
+
 def _markdown_table(head: tuple[str, ...] | list[str], rows: list[list[str]]) -> list[str]:
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     return lines + ["| " + " | ".join(row) + " |" for row in rows]
@@ -151,7 +160,7 @@ def markdown(options: argparse.Namespace, records: Records) -> str:
         f"## {EXPECTED.capitalize()}{_stars(rows)}",
         "",
         "Predicted too, with launches, small kernels and the pace that kernels reach; passes are "
-        "captured and not compiled; over our own dense path.",
+        f"captured and not compiled; over our own dense path. {_paces(options.gpu)}",
         "",
         *_markdown_table(*_overview(records, "expected_speedup")),
     ]

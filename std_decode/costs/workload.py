@@ -13,10 +13,15 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Device:
-    """What bounds a step: memory bandwidth in bytes/s and dense matrix throughput in FLOP/s."""
+    """What bounds a step: memory bandwidth in bytes/s and dense matrix throughput in FLOP/s.
+
+    Attributes:
+        cycles: a second, of all multiprocessors together; an H100's (132 of 1.85 GHz).
+    """
 
     bandwidth: float
     flops: float
+    cycles: float = 132 * 1.85e9
 
     def seconds(self, bytes_moved: float, operations: float) -> float:
         return max(bytes_moved / self.bandwidth, operations / self.flops)
@@ -38,6 +43,7 @@ class Workload:
         window_bytes: keys and values of a row in all sliding-window layers, which drafts read too.
         expert_bytes: of the weights, dense and draft, those of experts of which a token takes few.
         expert_share: how many of these it takes, 0 to 1.
+        layers, kv_heads: of the text decoder; for what a GPU launches and selects.
     """
 
     weight_bytes: float
@@ -50,6 +56,8 @@ class Workload:
     window_bytes: float = 0.0
     expert_bytes: float = 0.0
     expert_share: float = 1.0
+    layers: int = 0
+    kv_heads: int = 0
 
     def dense_seconds(self, device: Device, tokens: int = 1) -> float:
         """A dense pass over `tokens` new tokens of each row: a plain step, or a verification."""

@@ -12,6 +12,8 @@ from typing import Any, Literal
 from torch import Tensor
 from transformers import DynamicCache
 
+from std_decode.costs import expected
+from std_decode.costs.hardware import H100, gpu
 from std_decode.costs.memory import free_memory, gigabytes
 from std_decode.costs.workload import Device, Workload, expected_tokens
 from std_decode.weights import twin_cache
@@ -22,9 +24,11 @@ CONTEXT, ACCEPTANCE, MOST_DRAFTS = 25_000, 0.9, 16
 LEAST_GAIN = 1.05  # over drafting with the model's own weights, and over not drafting
 CACHED = 64 << 20  # weights of so few bytes are read from a cache, where fewer are no faster
 MOST_SHARE = 0.5  # of the free memory; the rest is for KV caches
-# Rows of a draft from which 4 bits gain nothing: PyTorch's CUDA kernel reads the weights anew for
-# each 16 rows, its CPU kernel for each 4.
-MOST_ROWS = {"cuda": 16, "cpu": 8}
+# Rows of a draft above which 4 bits gain nothing. On a GPU by the expected time of one product,
+# with 4-bit weights and with whole ones: 32, all that our kernel takes in one reading of the
+# weights (PyTorch's, which reads them anew for each 16, came to 16). PyTorch's CPU kernel reads
+# them anew for each 4.
+MOST_ROWS = {"cuda": expected.most_four_bit_rows(H100), "cpu": 8}
 
 
 @dataclass
@@ -132,15 +136,17 @@ def prepare(
 
 
 def decide(model: Any, twins: Twins, top_k_keys: int) -> tuple[bool, str]:
-    """Whether twins gain anything, by the bytes of a step and the free memory, and why."""
+    """Whether twins gain anything, and why: by the free memory, and by the time that steps should
+    take on the GPU that holds them, elsewhere by their bytes alone."""
     if twins.missing:
         return False, f"auto: {twins.missing}"
     workload = workload_of(model, top_k_keys, twins)
     if workload.weight_bytes < CACHED:
         size = f"{workload.weight_bytes / 2**20:.1f} MiB"
         return False, f"auto: {size} of weights are read from a cache, 4 bits would gain nothing"
-    own = best_speedup(replace(workload, draft_weight_bytes=None))
-    four_bit = best_speedup(workload)
+    device = held_by(twins)
+    own = best_speedup(replace(workload, draft_weight_bytes=None), device)
+    four_bit = best_speedup(workload, device)
     where = f"{workload.context} tokens, batch 1, acceptance {ACCEPTANCE:g}"
     predicted = f"{four_bit:.2f}x with 4-bit drafts, {own:.2f}x with the model's weights ({where})"
     if four_bit < LEAST_GAIN * max(1.0, own):
@@ -154,6 +160,12 @@ def decide(model: Any, twins: Twins, top_k_keys: int) -> tuple[bool, str]:
                 f"{gigabytes(free)} free on {device}"
             )
     return True, f"auto: predicted {predicted}"
+
+
+def held_by(twins: Twins) -> Device | None:
+    """The GPU that reads the twins."""
+    device = twins.twins[0].weight.device
+    return gpu(device) if device.type == "cuda" else None
 
 
 def workload_of(model: Any, top_k_keys: int, twins: Twins | None = None) -> Workload:
@@ -182,6 +194,8 @@ def workload_of(model: Any, top_k_keys: int, twins: Twins | None = None) -> Work
         window_bytes=token * sum(filter(None, windows)),
         expert_bytes=sum(weight.nbytes for weight in experts),
         expert_share=share,
+        layers=config.num_hidden_layers,
+        kv_heads=heads,
     )
 
 
@@ -208,8 +222,10 @@ def experts_of(model: Any) -> tuple[list[Tensor], float]:
     return [local(weight) for weight in found], min(1.0, taken / found[0].shape[0])
 
 
-def best_speedup(workload: Workload) -> float:
-    """Of the best draft length over dense decoding, while only bytes count."""
+def best_speedup(workload: Workload, on: Device | None = None) -> float:
+    """Of the best draft length over dense decoding; without a GPU while only bytes count."""
+    if on is not None:
+        return expected.best_speedup(workload, on, ACCEPTANCE, MOST_DRAFTS)
     device = Device(bandwidth=1.0, flops=math.inf)
     dense = workload.dense_seconds(device)
     return max(

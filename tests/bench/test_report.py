@@ -214,7 +214,7 @@ def test_the_ceiling_is_that_of_the_roofline(tmp_path):
     assert lines[2].startswith(
         "| Qwen2-VL-7B (56 KiB of KV cache a token) | ceiling | 1.00x / 2.1"
     )
-    assert lines[3].startswith("|  | expected today | 1.00x / 1.0")
+    assert lines[3].startswith("|  | expected | 1.00x / 1.4")
     (tmp_path / "roofline.md").write_text("| model | GPU | 1 x 25,000 |\n")
     with pytest.raises(report_tables.Unclear, match="has no table of models on h200"):
         report_tables.ceiling(tmp_path)
@@ -354,7 +354,7 @@ def test_a_gpu_is_set_beside_what_was_predicted(results, tmp_path, monkeypatch):
     assert main([*command, "--check"]) == 1  # the notes are not there yet
     assert main(command) == 0 and main([*command, "--check"]) == 0
     told = (results.path / gpu_notes.NAME).read_text()
-    assert "| ours, dense: dense | 6.65 | 13.30 | 2.00 | 41 | 100.0 |" in told
-    assert f"| 1 x 25,000 | {drafts} | 0.88x | 1.30x | 137 | 130 |" in told
+    assert "| ours, dense: dense | 4.80 | 13.30 | 2.77 | 10 | 100.0 |" in told
+    assert f"| 1 x 25,000 | {drafts} | 1.45x | 1.30x | 299 | 130 |" in told
     path.unlink()
     assert gpu_notes.page(results.path) is None

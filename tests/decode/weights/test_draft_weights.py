@@ -5,6 +5,8 @@ import gc
 import pickle
 import threading
 import weakref
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -522,6 +524,63 @@ def test_auto_predicts_what_the_roofline_does(monkeypatch):
     monkeypatch.setattr(draft_weights, "free_memory", lambda device: 6e9)
     gains, because = draft_weights.decide(model, Twins(model), 1024)
     assert not gains and "take 3.76 GB, more than 50% of the 6.00 GB free" in because
+
+
+@pytest.fixture
+def qwen_on(monkeypatch):
+    """`decide` of Qwen2-VL-7B as if a GPU held it: `qwen_on(gpu)`."""
+    monkeypatch.setattr(quantize, "no_kernel", lambda device: None)
+    monkeypatch.setattr(draft_weights, "free_memory", lambda device: 20e9)
+    cls, config = model_class_and_config(SHAPES["qwen2-vl-7b"])
+    with torch.device("meta"):
+        model = cls._from_config(config, dtype=torch.bfloat16)
+
+    def decide(gpu):
+        monkeypatch.setattr(draft_weights, "held_by", lambda twins: gpu)
+        return draft_weights.decide(model, Twins(model), 1024)
+
+    return decide
+
+
+def test_auto_goes_by_what_is_expected_of_a_gpu(qwen_on):
+    from bench.roofline import expected
+    from bench.roofline.devices import GPUS
+    from bench.roofline.predictions import Cell
+
+    h200 = GPUS["h200"].device
+    cell = Cell(SHAPES["qwen2-vl-7b"], h200, 1, 1, 25_000, 1024)
+    own, four_bit = (
+        max(expected.drafting(cell, kind, 0.9, n).speedup for n in range(1, 17))
+        for kind in (False, True)
+    )
+    gains, because = qwen_on(h200)
+    assert gains and 1.4 < four_bit < cell.drafting(True, 0.9).speedup
+    assert f"predicted {four_bit:.2f}x with 4-bit drafts, {own:.2f}x with the mod" in because
+    # So slow at unpacking that 4-bit weights take longer than whole ones: bytes would not tell.
+    gains, because = qwen_on(replace(h200, cycles=h200.cycles / 4))
+    assert not gains and "predicted 0." in because
+
+
+def test_a_gpu_is_what_its_driver_says(monkeypatch):
+    from std_decode.costs import hardware
+
+    h200 = dict(memory_clock_rate=3_201_000, memory_bus_width=6144, clock_rate=1_980_000)
+    told = SimpleNamespace(multi_processor_count=132, **h200)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: told)
+    found = hardware.gpu(torch.device("cuda"))
+    assert found.bandwidth == pytest.approx(4.9e12, rel=0.01)
+    assert found.cycles == pytest.approx(132 * 1.98e9)
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    assert hardware.gpu(torch.device("cuda")) == hardware.H100
+    monkeypatch.undo()
+    told = SimpleNamespace(multi_processor_count=132)  # as older releases of PyTorch have it
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: told)
+    assert hardware.gpu(torch.device("cuda")) == hardware.H100
+
+
+def test_only_a_gpu_is_asked_of(make_case):
+    twins = Twins(make_case("llama").model)
+    assert draft_weights.held_by(twins) is None
 
 
 # Captured and compiled passes
