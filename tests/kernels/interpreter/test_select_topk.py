@@ -89,6 +89,7 @@ KINDS = {
     "frames": lambda n, x: x + 9 * (n % 32 == 0),  # as often as keys are sampled
     "recent": lambda n, x: x - 9 * (n < n[-1] - 3000),
     "short": lambda n, x: x.masked_fill(n >= 3000, -INF),
+    "few": lambda n, x: x.masked_fill(n >= 1500, -INF),  # fewer are sampled than should reach it
     "close": lambda n, x: 1 + 1e-4 * x,
 }
 
