@@ -32,7 +32,6 @@ class Efficiency:
         four_bit: of a copy's bandwidth, a product with 4-bit weights that nothing else limits.
         weight: cycles a 4-bit weight with one row, by multiply-adds: 3.88 instructions for 32
             lanes, 2.5 a cycle,
-        weight_row: with each row more,
         weight_tile: and by matrix instructions, for up to `tile_rows` rows, of which each tile
             reads the weights anew.
         most_rows: with more, drafts multiply whole weights.
@@ -55,7 +54,6 @@ class Efficiency:
     overlap: float = 0.15
     four_bit: float = 0.85
     weight: float = 3.88 / 32 / 2.5
-    weight_row: float = 1.33 / 32 / 2.5
     weight_tile: float = 5.13 / 32 / 2.2
     tile_rows: int = 32
     most_rows: int = 32
@@ -84,7 +82,6 @@ EXPECTED = Efficiency()
 UNFUSED = Efficiency(
     four_bit=0.88,
     weight=0.107,
-    weight_row=0.107,
     weight_tile=0.107,
     tile_rows=16,
     most_rows=1 << 30,
@@ -113,7 +110,7 @@ def four_bit_seconds(weights: float, rows: int, device: Device, by: Efficiency) 
     """The same with so many 4-bit weights, which their bytes or instructions bound."""
     tiles = math.ceil(rows / by.tile_rows)
     read = tiles * weights * FOUR_BIT_BYTES / (by.four_bit * by.copy * device.bandwidth)
-    cycles = min(by.weight + by.weight_row * (rows - 1), tiles * by.weight_tile)
+    cycles = by.weight if rows == 1 else tiles * by.weight_tile
     return max(read, weights * cycles / device.cycles)
 
 
