@@ -1,4 +1,5 @@
-"""Kernels for drafting and verifying on one dense KV cache: attention, selection, 4-bit products.
+"""Kernels for drafting and verifying on one dense KV cache: attention, selection, 4-bit products,
+and what a decoder layer has between its products.
 
     import torch
     import std_kernels as sk
@@ -22,24 +23,32 @@
 | N | capacity of the KV cache, not its length |
 | K | selected keys |
 | D | head dim |
+| R | rows of tokens, B * T |
+| S | partials of a split product |
 
 `int4_linear` multiplies ``[R, K]`` with a weight ``[N, K]`` of 4 bits, which `pack_int4` lays out.
 
 The ops are also `torch.ops.std_kernels.*`, with every argument positional and unchecked.
 """
 
+from std_kernels.add_rms_norm import add_rms_norm
 from std_kernels.int4_linear import int4_linear, int4_linear_partials, pack_int4
+from std_kernels.rope_write import rope_write
 from std_kernels.score_keys import score_keys
 from std_kernels.select_topk import select_topk
+from std_kernels.silu_mul import silu_mul
 from std_kernels.sparse_attention import sparse_attention
 from std_kernels.verify_attention import verify_attention, verify_attention_with_scores
 
 __all__ = [
+    "add_rms_norm",
     "int4_linear",
     "int4_linear_partials",
     "pack_int4",
+    "rope_write",
     "score_keys",
     "select_topk",
+    "silu_mul",
     "sparse_attention",
     "verify_attention",
     "verify_attention_with_scores",

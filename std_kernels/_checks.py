@@ -20,12 +20,20 @@ from std_kernels._errors import (
 
 MAX_GROUP = 16
 MAX_TOKENS = 64
-_FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+MAX_PARTIALS = 64
+FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 _INF = float("inf")
 
 
 def check_tensor(
-    op: str, name: str, tensor: Tensor, like: Tensor, dtype: torch.dtype, shape: tuple, words: str
+    op: str,
+    name: str,
+    tensor: Tensor,
+    like: Tensor,
+    dtype: torch.dtype,
+    shape: tuple,
+    words: str,
+    inner_dense: bool = True,
 ) -> None:
     """Raises unless `tensor` is `dtype [shape]` on `like`'s device; `words` names the shape."""
     if not isinstance(tensor, Tensor):
@@ -38,7 +46,7 @@ def check_tensor(
     if tensor.device != like.device:
         raise bad_device(op, name, tensor, like)
     # A dimension of size 1 may carry any stride; no kernel steps along it.
-    if tensor.stride(-1) != 1 and shape[-1] > 1:
+    if inner_dense and tensor.stride(-1) != 1 and shape[-1] > 1:
         raise bad_stride(op, name, tensor)
 
 
@@ -53,7 +61,7 @@ def check_query_key(
     if query.dim() != 4:
         remedy = "pass the SDPA layout, heads before tokens"
         raise bad_shape(op, "query", query, f"4 dimensions [B, Hq, {tokens}, D]", remedy)
-    if query.dtype not in _FLOATS:
+    if query.dtype not in FLOATS:
         raise bad_dtype(op, "query", query, "float16, bfloat16 or float32")
     B, Hq, T, D = query.shape
     if D % 8 or not 16 <= D <= 256:
@@ -99,3 +107,55 @@ def check_no_grad(op: str, *tensors: Tensor | None) -> None:
     """Raises when autograd would record the call: the ops have no backward."""
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         raise needs_grad(op)
+
+
+def check_rows(op: str, name: str, tensor: Tensor) -> tuple[int, int]:
+    """Checks rows of features; returns their number and their length."""
+    if not isinstance(tensor, Tensor):
+        raise not_a_tensor(op, name, tensor, "a tensor [R, H]")
+    if tensor.dim() != 2:
+        raise bad_shape(op, name, tensor, "2 dimensions [R, H]", "flatten batch and tokens")
+    if tensor.dtype not in FLOATS:
+        raise bad_dtype(op, name, tensor, "float16, bfloat16 or float32")
+    if tensor.stride(-1) != 1 and tensor.shape[1] > 1:
+        raise bad_stride(op, name, tensor)
+    return tensor.shape[0], tensor.shape[1]
+
+
+def check_product(
+    op: str,
+    name: str,
+    product: Tensor,
+    like: Tensor,
+    dtype: torch.dtype,
+    rows: int,
+    features: int,
+    words: str,
+) -> None:
+    """Raises unless `product` is `dtype [rows, features]` or float32 partials of it."""
+    if isinstance(product, Tensor) and product.dim() == 3:
+        S = product.shape[0]
+        if not 1 <= S <= MAX_PARTIALS:
+            expected = f"1 <= S <= {MAX_PARTIALS} partials [S, R, {words}]"
+            raise bad_shape(op, name, product, expected, "add some of them up first")
+        shape: tuple = (S, rows, features)
+        check_tensor(op, name, product, like, torch.float32, shape, f"[S, R, {words}]")
+        return
+    check_tensor(op, name, product, like, dtype, (rows, features), f"[R, {words}]")
+
+
+def check_bias(
+    op: str, bias: Tensor | None, like: Tensor, dtype: torch.dtype, features: int, words: str
+) -> None:
+    """Checks what may be added to a product."""
+    if bias is not None:
+        check_tensor(op, "bias", bias, like, dtype, (features,), words)
+
+
+def check_eps(op: str, eps: float) -> None:
+    """Checks what a norm adds to the mean of squares."""
+    if not isinstance(eps, (float, int)):
+        found = f"is of type {type(eps).__name__}"
+        raise bad_type(op, "eps", found, "a number", "pass the norm's own, such as 1e-6")
+    if not 0 <= eps < _INF:
+        raise bad_value(op, "eps", f"is {eps}", "0 <= eps < inf", "pass the norm's own")

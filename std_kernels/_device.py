@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra import libdevice
 
 from std_kernels._errors import bad_value
 
@@ -27,6 +28,8 @@ PARTIAL_PAD = 4
 # A head dim is a multiple of UNIT, and so are the strides of dense rows: all that 16-byte loads of
 # 16-bit values need. Triton looks for multiples of 16 by itself.
 UNIT = 8
+# Rows of features are longer, and all but a few models have multiples of this.
+ROW_UNIT = 16
 
 
 @triton.jit
@@ -90,6 +93,39 @@ def tanh(x):
     size = tl.abs(x)
     large = 1.0 - 2.0 / (tl.exp2(size * (2.0 * 1.4426950408889634)) + 1.0)
     return tl.where(size < 0.625, small, tl.where(x < 0.0, -large, large))
+
+
+@triton.jit
+def exp(x):
+    """PyTorch's own exponential on a GPU, to the bit; libdevice is not interpreted."""
+    if INTERPRET:
+        return tl.exp(x)
+    else:
+        return libdevice.exp(x)
+
+
+@triton.jit
+def product_of(product_ptr, at, keep, stride_s, bias_ptr, n, S: tl.constexpr):
+    """Features n of a row of a product, which begin at `at`, in float32: [BLOCK].
+
+    With S > 0 the sum of S float32 partials, ascending. The caller rounds it.
+    """
+    x = tl.load(product_ptr + at + n, mask=keep, other=0.0).to(tl.float32)
+    for s in tl.static_range(1, S):
+        x += tl.load(product_ptr + s * stride_s.to(tl.int64) + at + n, mask=keep, other=0.0)
+    if bias_ptr is not None:
+        x += tl.load(bias_ptr + n, mask=keep, other=0.0).to(tl.float32)
+    return x
+
+
+@triton.jit
+def rms_scale(x, inverse, eps):
+    """1 / sqrt(mean(x^2) + eps) of a row x [BLOCK] with zeros beyond its end.
+
+    PyTorch's mean on a GPU multiplies by 1 / count. The fma with 0 keeps a compiler from fusing
+    that product with the sum behind it.
+    """
+    return tl.rsqrt(tl.fma(tl.sum(x * x, 0), inverse, 0.0) + eps)
 
 
 @triton.jit
@@ -231,6 +267,20 @@ def stride_unit(head_dim: int, *caches: Tensor) -> int:
         return 1
     strides = (stride for cache in caches for stride in cache.stride()[:3])
     return 1 if any(stride % UNIT for stride in strides) else UNIT
+
+
+def partials(product: Tensor | None) -> tuple[int, int, int]:
+    """How many a product is given in (0: it is whole), and its strides by row and by partial."""
+    if product is None:
+        return 0, 0, 0
+    if product.dim() == 2:
+        return 0, product.stride(0), 0
+    return product.shape[0], product.stride(1), product.stride(0)
+
+
+def row_unit(*strides: int) -> int:
+    """What the strides of rows are known to be multiples of, so that loads are 16 bytes wide."""
+    return 1 if any(stride % ROW_UNIT for stride in strides) else ROW_UNIT
 
 
 def check_grid(op: str, B: int, Hkv: int) -> None:

@@ -260,9 +260,28 @@ _INT4_LINEAR = tuple(Row("int4_linear", *row) for row in (
     ("many rows", "default", BF16, 0, 32, 64, 4, 2, ((ANY, 256),), _ESTIMATE),
     ("many rows", "interpreter", BF16, 0, 32, 32, 1, 1, ((ANY, 256),), _SMALL),
 ))
+# The ops around a layer's products: a few rows of a few thousand features, so a launch is latency
+# and little else. add_rms_norm has a row in one program, "split" its tile; rope_write a head;
+# silu_mul a piece of `block_n` features.
+_ROW_TILES = tuple((size, size) for size in (1024, 2048, 4096, 8192, 16384))
+_LAYER = tuple(Row(*row) for row in (
+    # op, kernel, arch, dtype, head_dim, block_m, block_n, num_warps, num_stages, splits, source
+    ("add_rms_norm", "row", "default", HALF, 0, 1, 0, 8, 1, _ROW_TILES, _ESTIMATE),
+    ("add_rms_norm", "row", "default", FLOAT, 0, 1, 0, 8, 1, _ROW_TILES, _ESTIMATE),
+    ("add_rms_norm", "row", "interpreter", HALF, 0, 1, 0, 1, 1, _ROW_TILES, _SMALL),
+    ("add_rms_norm", "row", "interpreter", FLOAT, 0, 1, 0, 1, 1, _ROW_TILES, _SMALL),
+    ("rope_write", "head", "default", HALF, 256, 1, 1, 1, 1, ((ANY, 1),), _ESTIMATE),
+    ("rope_write", "head", "default", FLOAT, 256, 1, 1, 1, 1, ((ANY, 1),), _ESTIMATE),
+    ("rope_write", "head", "interpreter", HALF, 256, 1, 1, 1, 1, ((ANY, 1),), _SMALL),
+    ("rope_write", "head", "interpreter", FLOAT, 256, 1, 1, 1, 1, ((ANY, 1),), _SMALL),
+    ("silu_mul", "piece", "default", HALF, 0, 1, 512, 2, 1, ((ANY, 512),), _ESTIMATE),
+    ("silu_mul", "piece", "default", FLOAT, 0, 1, 512, 2, 1, ((ANY, 512),), _ESTIMATE),
+    ("silu_mul", "piece", "interpreter", HALF, 0, 1, 32, 1, 1, ((ANY, 32),), _SMALL),
+    ("silu_mul", "piece", "interpreter", FLOAT, 0, 1, 32, 1, 1, ((ANY, 32),), _SMALL),
+))
 # fmt: on
 
-TABLE: tuple[Row, ...] = _VERIFY + _SPARSE + _SCORE_KEYS + _SELECT_TOPK + _INT4_LINEAR
+TABLE: tuple[Row, ...] = _VERIFY + _SPARSE + _SCORE_KEYS + _SELECT_TOPK + _INT4_LINEAR + _LAYER
 
 
 @lru_cache(maxsize=4096)

@@ -6,7 +6,7 @@ the public functions and are not checked.
 """
 
 import torch
-from einops import reduce, repeat
+from einops import rearrange, reduce, repeat
 from torch import Tensor
 
 
@@ -152,6 +152,84 @@ def verify_attention_with_scores(
     counted = mask & (score_lse < float("inf"))[..., None]
     share = torch.sigmoid(logits - score_lse.to(dtype)[..., None]).where(counted, 0)
     return out, lse, reduce(share, "b (h g) t n -> b h n", "sum", h=key.shape[1])
+
+
+def add_rms_norm(
+    residual: Tensor,
+    delta: Tensor | None,
+    weight: Tensor,
+    eps: float,
+    *,
+    bias: Tensor | None = None,
+    dtype: torch.dtype = torch.float64,
+) -> tuple[Tensor, Tensor]:
+    """residual + delta, and its quotient by its root mean square, times weight: [R, H] both."""
+    total = residual.to(dtype)
+    if delta is not None:
+        total = total + _product(delta, bias, dtype)
+    return total, _rms_norm(total, weight, eps)
+
+
+def rope_write(
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    slots: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    *,
+    bias: Tensor | None = None,
+    q_norm: Tensor | None = None,
+    k_norm: Tensor | None = None,
+    eps: float = 1e-6,
+    dtype: torch.dtype = torch.float64,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Rotated queries [B, Hq, T, D], and what keys and values are then, [B, Hkv, N, D]."""
+    B, Hkv, _, D = keys.shape
+    T = slots.shape[1]
+    heads = rearrange(_product(qkv, bias, dtype), "(b t) (h d) -> b h t d", b=B, t=T, d=D)
+    query, key, value = heads[:, : -2 * Hkv], heads[:, -2 * Hkv : -Hkv], heads[:, -Hkv:]
+    if q_norm is not None and k_norm is not None:
+        query, key = _rms_norm(query, q_norm, eps), _rms_norm(key, k_norm, eps)
+    keys, values = keys.to(dtype, copy=True), values.to(dtype, copy=True)
+    key = _rotated(key, cos.to(dtype), sin.to(dtype))
+    for b in range(B):
+        for t in range(T):
+            keys[b, :, slots[b, t]] = key[b, :, t]
+            values[b, :, slots[b, t]] = value[b, :, t]
+    return _rotated(query, cos.to(dtype), sin.to(dtype)), keys, values
+
+
+def silu_mul(
+    gate_up: Tensor,
+    *,
+    bias: Tensor | None = None,
+    dtype: torch.dtype = torch.float64,
+) -> Tensor:
+    """silu(gate) * up, [R, I]."""
+    gate, up = _product(gate_up, bias, dtype).chunk(2, dim=-1)
+    return gate / (1 + torch.exp(-gate)) * up
+
+
+def _product(product: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """A product, of its partials [S, R, N] where it is given so."""
+    total = product.to(dtype) if product.dim() == 2 else product.to(dtype).sum(0)
+    return total if bias is None else total + bias.to(dtype)
+
+
+def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * weight.to(x)
+
+
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Heads [B, H, T, D] turned by cos and sin [B, T, Dr]: pair (i, i + Dr / 2) by angle i."""
+    half, out = cos.shape[-1] // 2, x.clone()
+    for i in range(half):
+        first, second = x[..., i], x[..., i + half]
+        out[..., i] = first * cos[:, None, :, i] - second * sin[:, None, :, i]
+        at = i + half
+        out[..., at] = second * cos[:, None, :, at] + first * sin[:, None, :, at]
+    return out
 
 
 def _dense_mask(

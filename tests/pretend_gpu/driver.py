@@ -10,7 +10,10 @@ import torch
 from tests.pretend_gpu import tensors
 from tests.pretend_gpu.ledger import ledger
 
-OPS = ("verify_attention", "sparse_attention", "score_keys", "select_topk", "int4_linear")
+OPS = (
+    *("verify_attention", "sparse_attention", "score_keys", "select_topk", "int4_linear"),
+    *("add_rms_norm", "rope_write", "silu_mul"),
+)
 
 
 class Utils:
