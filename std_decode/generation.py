@@ -180,7 +180,7 @@ def _engine(
     past, new = prompt_parts(given, input_ids, mask, config)
     kv_start, order = masked(mask), holes_first(mask)
     promise, because = options.promises.of_call(
-        model, options.tried, len(input_ids), holes=order is not None
+        model, options.tried, len(input_ids), holes=order is not None, fused=options.fused
     )
     selection = None
     if options.policy.most > 0:
@@ -189,6 +189,7 @@ def _engine(
         if order is not None:
             visual, voters = visual.gather(1, order), newest_run(mask).clamp(max=new)
         selection = plan_selection(visual, kv_start, options.top_k_keys, voters)
+    fused, layers = options.fused.of_call(model, promise)
     twins, weights = options.draft_weights.of_call(model, len(input_ids))
     new_tokens = min(config.max_length - input_ids.shape[1], MOST_NEW_TOKENS)
     room = past + new + new_tokens + max(options.policy.most + 1, promise.rows)
@@ -207,11 +208,12 @@ def _engine(
             promise_because=because,
             tokens_per_pass=promise.rows,
             **weights,
+            **layers,
         )
         if input_ids.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(input_ids.device)
         forward = MethodType(options.original_class.__call__, model)
-        engine.start(forward, given, kv_start, selection, stats, twins, order, promise)
+        engine.start(forward, given, kv_start, selection, stats, twins, order, promise, fused)
     except BaseException:
         engine.release()  # an earlier call's buffers may be in it
         raise

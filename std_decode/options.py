@@ -13,7 +13,9 @@ from std_decode.admission.bits import ROWS
 MOST_DRAFTS = 63  # verification takes up to 64 tokens: the pending one and the drafts
 
 
-def check(top_k_keys: Any, draft_length: Any, reselect: Any, graphs: Any, compile: Any) -> None:
+def check(
+    top_k_keys: Any, draft_length: Any, reselect: Any, graphs: Any, compile: Any, fused: Any
+) -> None:
     for name, value in (("top_k_keys", top_k_keys), ("draft_length", draft_length)):
         wanted = "an int" + (' or "auto"' if name == "draft_length" else "")
         if name == "draft_length" and value == "auto":
@@ -32,8 +34,9 @@ def check(top_k_keys: Any, draft_length: Any, reselect: Any, graphs: Any, compil
         )
     if not isinstance(reselect, bool):
         raise TypeError(f"patch: reselect is {reselect!r}, expected True or False")
-    if graphs != "auto" and not isinstance(graphs, bool):
-        raise TypeError(f'patch: cuda_graphs is {graphs!r}, expected "auto", True or False')
+    for name, value in (("cuda_graphs", graphs), ("fused_layers", fused)):
+        if value != "auto" and not isinstance(value, bool):
+            raise TypeError(f'patch: {name} is {value!r}, expected "auto", True or False')
     if not isinstance(compile, bool):
         raise TypeError(f"patch: compile is {compile!r}, expected True or False")
 

@@ -13,6 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from std_decode import options, patched_class
+from std_decode.admission import fusing
 from std_decode.admission.bits import Promises, Wanted, kind_of
 from std_decode.admission.changes import Tried
 from std_decode.costs.workload import Workload
@@ -43,6 +44,7 @@ class _Patch:
     draft_weights: weights.DraftWeights
     workload: Workload
     promises: Promises
+    fused: fusing.Fused
     stats: DecodeStats | None = None
     decoding: type[Decoding] = Decoding  # a subclass looks on, see app/sparsity/measure.py
 
@@ -62,6 +64,7 @@ def patch(
     draft_weights_cache: str | PathLike[str] | None = None,
     cuda_graphs: Literal["auto"] | bool = "auto",
     compile: bool = False,
+    fused_layers: Literal["auto"] | bool = "auto",
     reproducible: bool | int | Literal["auto", "unpatched"] = "auto",
     visual_token_ids: Sequence[int] | None = None,
     visual_mask: VisualMask | None = None,
@@ -97,6 +100,12 @@ def patch(
         compile: whether passes that are captured are compiled first (``torch.compile``), so that a
             decoder layer is some 12 kernels instead of 30 to 40. The first call then takes long,
             and "auto" chooses among few draft lengths, because each is compiled for itself.
+        fused_layers: whether decoding passes run a decoder layer in some ten kernels: products,
+            attention, and one kernel before each. For layers like Llama's, among them those of
+            Qwen2, Qwen3, their VL models and Mistral; others go on as they are, and `last_stats`
+            says why. The weights of q, k and v, and of gate and up, are slices of one tensor then,
+            until `unpatch`. "auto": on a CUDA device, where passes are not compiled. Not where the
+            promise is "unpatched".
         reproducible: which bits of a logit drafts may change. False: the last few, as rounding
             goes, so that in half precision tokens may differ. True: none; every decoding pass
             feeds 8 tokens (a number: so many, 2 to 64), so that draft lengths below that, keys,
@@ -124,12 +133,13 @@ def patch(
 
     Note:
         Runs six forward passes of a few tokens, to see that the model's attention is what its
-        configuration says; some twenty more where `reproducible` promises bits (as many at the
-        first call of each batch size); and one where layers are not of torch's or transformers'
-        own kinds, which are then fed a few tokens each. Source: Zhang et al., Sparse-to-Dense,
-        ACL 2025, doi 10.18653/v1/2025.acl-short.59; re-selection from verification is an addition.
+        configuration says; two more where layers are fused, to see that they compute the
+        same; some twenty more where `reproducible` promises bits (as many at the first call of
+        each batch size); and one where layers are not of torch's or transformers' own kinds, which
+        are then fed a few tokens each. Source: Zhang et al., Sparse-to-Dense, ACL 2025, doi
+        10.18653/v1/2025.acl-short.59; re-selection from verification is an addition.
     """
-    options.check(top_k_keys, draft_length, reselect, cuda_graphs, compile)
+    options.check(top_k_keys, draft_length, reselect, cuda_graphs, compile, fused_layers)
     options.check_visual(visual_token_ids, visual_mask)
     options.check_reproducible(reproducible, draft_length)
     weights.check(draft_weights, draft_weights_cache)
@@ -141,29 +151,35 @@ def patch(
         )
     own = _own_class(target)
     tried = Tried(target)
-    promises = _promises(target, tried, reproducible, draft_length)
-    kept_in = draft_weights_cache and own_file(target, Path(draft_weights_cache))
-    drafting = weights.prepare(target, draft_weights, kept_in, top_k_keys, compile)
-    target._std_decode = _Patch(
-        own,
-        tried,
-        top_k_keys,
-        _policy(draft_length, compile),
-        reselect,
-        visual_token_ids,
-        visual_mask,
-        Engines(cuda_graphs, compile),
-        drafting,
-        weights.workload_of(target, top_k_keys, drafting.twins),
-        promises,
-    )
+    fused = fusing.Fused(target, tried.layers, fused_layers, compile)
+    drafting: weights.DraftWeights | None = None
     try:
+        fused.attach()  # before the copies are made, which know weights by where they are
+        promises = _promises(target, tried, reproducible, draft_length, fused)
+        kept_in = draft_weights_cache and own_file(target, Path(draft_weights_cache))
+        drafting = weights.prepare(target, draft_weights, kept_in, top_k_keys, compile)
+        target._std_decode = _Patch(
+            own,
+            tried,
+            top_k_keys,
+            _policy(draft_length, compile),
+            reselect,
+            visual_token_ids,
+            visual_mask,
+            Engines(cuda_graphs, compile),
+            drafting,
+            weights.workload_of(target, top_k_keys, drafting.twins),
+            promises,
+            fused,
+        )
         drafting.attach()
         tried.take_as_it_is(target)
         target.__class__ = patched_class.patched_class(own)
     except BaseException:
-        drafting.detach()
-        del target._std_decode
+        if drafting is not None:
+            drafting.detach()
+        fused.detach()
+        vars(target).pop("_std_decode", None)
         raise
     return model
 
@@ -188,6 +204,7 @@ def unpatch(model: Model) -> Model:
     target.__class__ = target._std_decode.original_class
     target._std_decode.engines.clear()
     target._std_decode.draft_weights.detach()
+    target._std_decode.fused.detach()
     forget_passes(target.get_decoder().config, target._std_decode.layers)
     del target._std_decode
     return model
@@ -237,10 +254,14 @@ def _own_class(model: Any) -> type:
 
 
 def _promises(
-    model: Any, tried: Tried, wanted: Wanted, draft_length: int | Literal["auto"]
+    model: Any,
+    tried: Tried,
+    wanted: Wanted,
+    draft_length: int | Literal["auto"],
+    fused: fusing.Fused,
 ) -> Promises:
     promises = Promises(wanted, None if draft_length == "auto" else draft_length)
-    promise, because = promises.of_call(model, tried, 1)
+    promise, because = promises.of_call(model, tried, 1, fused=fused)
     if wanted is not False and wanted != "auto" and promise.kind != kind_of(wanted):
         raise NotImplementedError(
             f"patch: {type(model).__name__} cannot have reproducible={wanted!r} ({because}); "

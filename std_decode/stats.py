@@ -44,6 +44,8 @@ class DecodeStats:
             what was asked for.
         draft_weight_bytes: memory that the twins take, beside the model's weights.
         twinned_layers, kept_layers: linear layers with a twin, and without.
+        fused_layers: decoder layers whose decoding passes are one kernel between products.
+        fused_layers_because: why no or not all layers are, or None.
         graph_captures, graph_replays: forward passes captured as CUDA graphs, and replayed.
         first_use_seconds: part of `seconds` that went into the first run (compilation included)
             and the capture of passes; a call whose shapes have been seen spends none.
@@ -82,6 +84,8 @@ class DecodeStats:
     draft_weight_bytes: int = 0
     twinned_layers: int = 0
     kept_layers: int = 0
+    fused_layers: int = 0
+    fused_layers_because: str | None = None
     graph_captures: int = 0
     graph_replays: int = 0
     first_use_seconds: float = 0.0
@@ -114,6 +118,10 @@ class DecodeStats:
         counts = f"{self.twinned_layers} layers, {self.kept_layers} kept"
         return f"{self.draft_weights}, {_mebibytes(self.draft_weight_bytes)}, {counts}{because}"
 
+    def _fused(self) -> str:
+        because = f": {self.fused_layers_because}" if self.fused_layers_because else ""
+        return f"{self.fused_layers}{because}"
+
     def __str__(self) -> str:
         if self.fallback is not None:
             return f"ran as unpatched: {self.fallback}"
@@ -125,6 +133,7 @@ class DecodeStats:
             *([("of these reused", self.reused_tokens)] if self.reused_tokens else []),
             ("keys a draft reads", self.selected_keys),
             ("draft weights", self._weights()),
+            ("fused layers", self._fused()),
             ("tokens emitted", self.emitted),
             ("rounds", self.rounds),
             ("drafted / accepted", f"{self.drafted} / {self.accepted}"),

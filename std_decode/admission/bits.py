@@ -54,21 +54,33 @@ class Promises:
         return ROWS * -(-((self.most or 0) + 1) // ROWS)
 
     def of_call(
-        self, model: PreTrainedModel, tried: Any, batch: int, holes: bool = False
+        self,
+        model: PreTrainedModel,
+        tried: Any,
+        batch: int,
+        holes: bool = False,
+        fused: Any = None,
     ) -> tuple[Promise, str | None]:
         """The promise of a call of `model`, and why it is not the one that was asked for.
 
         Args:
             tried: `std_decode.admission.changes.Tried` of the model.
             holes: whether masked tokens are in the midst of the prompt.
+            fused: `std_decode.admission.fusing.Fused` of the model, or None.
         """
-        key = tried.trials, batch, holes, model.dtype, torch.get_num_threads()
+        count = 0 if fused is None else fused.active
+        key = tried.trials, batch, holes, model.dtype, torch.get_num_threads(), count
         if key not in self.found:
-            self.found[key] = self._try(model, tried.layers, batch, holes)
+            self.found[key] = self._try(model, tried.layers, batch, holes, fused)
         return self.found[key]
 
     def _try(
-        self, model: PreTrainedModel, layers: dict[int, nn.Module], batch: int, holes: bool
+        self,
+        model: PreTrainedModel,
+        layers: dict[int, nn.Module],
+        batch: int,
+        holes: bool,
+        fused: Any,
     ) -> tuple[Promise, str | None]:
         device = input_device(model)
         auto_exact = model.dtype in _HALF and device.type == "cpu"
@@ -80,7 +92,7 @@ class Promises:
             if because is None:
                 return Promise("unpatched"), None
         promise = Promise("reproducible", self.rows)
-        differing = unlike_itself(model, layers, batch, promise)
+        differing = unlike_itself(model, layers, batch, promise, fused)
         if differing is None:
             return promise, because
         return ROUNDED, differing if because is None else f"{because}; {differing}"
@@ -108,10 +120,14 @@ def unlike_unpatched(
 
 
 def unlike_itself(
-    model: PreTrainedModel, layers: dict[int, nn.Module], batch: int, promise: Promise
+    model: PreTrainedModel,
+    layers: dict[int, nn.Module],
+    batch: int,
+    promise: Promise,
+    fused: object = None,
 ) -> str | None:
     """Why a token's bits depend on its place in passes of one shape, or None."""
-    trial = _Trial(model, layers, batch)
+    trial = _Trial(model, layers, batch, fused)
     return trial.difference(lambda: trial.one_by_one(promise), promise)
 
 
@@ -123,8 +139,15 @@ class _Trial:
             order of their ends.
     """
 
-    def __init__(self, model: PreTrainedModel, layers: dict[int, nn.Module], batch: int):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        layers: dict[int, nn.Module],
+        batch: int,
+        fused: object = None,
+    ):
         self.model, self.decoder, self.layers = model, model.get_decoder(), layers
+        self.fused = fused
         self.head, device = model.get_output_embeddings(), input_device(model)
         vocabulary = self.decoder.config.get_text_config().vocab_size
         steps = torch.arange(_PROMPT + _TOKENS, device=device)
@@ -199,7 +222,15 @@ class _Trial:
         try:
             starts = self.padded[:, 0] if batch > 1 else None
             stats = DecodeStats()
-            engine.start(self._forward, DynamicCache(), starts, None, stats, promise=promise)
+            engine.start(
+                self._forward,
+                DynamicCache(),
+                starts,
+                None,
+                stats,
+                promise=promise,
+                fused=self.fused,
+            )
             inputs = self._inputs(slice(0, _PROMPT))
             engine.prefill(**inputs, attention_mask=self.mask[:, :_PROMPT])
             yield engine

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
 
 from std_decode.model.attention import attention_function
+from std_decode.model.fused_layer import own_class
 from std_decode.model.switch import attention_name
 
 # Those that transformers registers, beside kernels of the hub, whose names have a slash.
@@ -111,7 +112,8 @@ def _replaced_forward(module: nn.Module) -> Callable | None:
     own = _own_forward(module)
     if own is not None:
         return own
-    owner = next(kind for kind in type(module).__mro__ if "forward" in vars(kind))
+    kinds = own_class(type(module)).__mro__  # of a layer that is fused: what it was before
+    owner = next(kind for kind in kinds if "forward" in vars(kind))
     forward = vars(owner)["forward"]
     written = forward.__qualname__ == f"{owner.__qualname__}.forward"
     return None if written and _is_written_for(forward, owner) else forward

@@ -220,7 +220,7 @@ class _Trial:
         query = attending.query[:, :, row : row + 1]
         keys = slice(token + 1 - seen.keys, token + 1)
         key, value = attending.key[:, :, keys], attending.value[:, :, keys]
-        rounded = EXACT if _is_exact(out.dtype) else ROUNDED
+        rounded = allowed(out.dtype)
         for got, wanted in ((query, seen.query), (key, seen.key), (value, seen.value)):
             self._check(got[:, :, -1:] - wanted, wanted, rounded)
         largest = float(query.float().norm(dim=-1).max() * key.float().norm(dim=-1).max())
@@ -295,12 +295,22 @@ class _Trial:
         self._compare(name, states, wanted, added)
 
     def _compare(self, name: str, got: Tensor, wanted: Tensor, scale: Tensor) -> None:
-        # Where a part adds little to what is large, rounding the sum is not its doing.
-        ulps = 2 * torch.finfo(wanted.dtype).eps * wanted.abs()
-        error = ((got - wanted).abs() - ulps).clamp(min=0)
-        difference = _difference(error[..., None, :], scale[..., None, :])
-        if not difference < (EXACT if _is_exact(wanted.dtype) else ROUNDED):
+        difference = added_difference(got, wanted, scale)
+        if not difference < allowed(wanted.dtype):
             self.differs[name] = max(difference, self.differs.get(name, 0.0))
+
+
+def added_difference(got: Tensor, wanted: Tensor, added: Tensor) -> float:
+    """The largest error of a token's features ``[..., H]``, as a share of the largest added."""
+    # Where a part adds little to what is large, rounding the sum is not its doing.
+    ulps = 2 * torch.finfo(wanted.dtype).eps * wanted.abs()
+    error = ((got - wanted).abs() - ulps).clamp(min=0)
+    return _difference(error[..., None, :], added[..., None, :])
+
+
+def allowed(dtype: torch.dtype) -> float:
+    """What rounding may do to a part's result."""
+    return EXACT if _is_exact(dtype) else ROUNDED
 
 
 def _by_head(out: Tensor, value: Tensor) -> Tensor:

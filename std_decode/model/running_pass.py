@@ -13,7 +13,7 @@ from typing import Any, Literal
 from weakref import WeakSet
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from std_decode.model.cache import SparseToDenseCache
 from std_decode.model.selection_rules import Selection
@@ -32,6 +32,9 @@ class Pass:
         alone: each row's length before the pass, where every token attends by the model's own
             function as plain decoding has it: alone, on the CPU; else None.
         twins: whose 4-bit weights the pass reads (`std_decode.weights.twins.Twins`), or None.
+        fused: whose layers run fused (`std_decode.admission.fusing.Fused`), or None.
+        normed: a norm, what it is going to be given, at which version, and what it makes of that;
+            see `fused_layer`.
         padding: how many of its last tokens are there for the shape's sake only.
         asked: how the model asks for masks, by sliding window,
         masks: and those that were made for a token, by window and length.
@@ -44,6 +47,8 @@ class Pass:
     rescore: bool = False
     alone: list[int] | None = None
     twins: object = None
+    fused: object = None
+    normed: tuple[object, Tensor, int, Tensor] | None = None
     padding: int = 0
     asked: dict[int | None, dict[str, Any]] = field(default_factory=dict)
     masks: dict[tuple[int | None, int], Any] = field(default_factory=dict)

@@ -112,7 +112,8 @@ class Engine:
     def finish(self) -> None:
         """Let go of a call's own objects; the buffers stay for the next."""
         self.cache.answer = self.cache.template = None
-        del self.forward, self.compiled, self.selection, self.stats, self.clock, self.twins
+        del self.forward, self.compiled, self.selection, self.stats, self.clock
+        del self.twins, self.fused
 
     def start(
         self,
@@ -124,6 +125,7 @@ class Engine:
         twins: Twins | None = None,
         order: Tensor | None = None,
         promise: Promise = ROUNDED,
+        fused: object = None,
     ) -> None:
         """Begin a generate call.
 
@@ -136,10 +138,11 @@ class Engine:
             twins: whose weights drafts read, see `Pass`.
             order: see `SparseToDenseCache`.
             promise: that the decoding passes have to keep.
+            fused: whose layers run fused in them, see `Pass`.
         """
         self.forward, self.selection, self.stats = forward, selection, stats
         self.clock = Clock(stats, self.cache.lengths.device)
-        self.twins = twins
+        self.twins, self.fused = twins, fused
         self.promise = promise
         compiles = self.compiles and promise.kind != "unpatched"  # compiled passes round otherwise
         self.compiled = compile_pass(forward) if compiles else None
@@ -306,6 +309,7 @@ class Engine:
         """A pass as it is captured: nothing in it asks the device for a value."""
         self.cache.expect(tokens.shape[1])
         running = Pass(phase, self.cache, self.layers, rescore=rescore, padding=padding)
+        running.fused = self.fused
         inputs = {"input_ids": tokens, "position_ids": positions, **shared}
         if phase == "draft":
             running.twins = self.twins

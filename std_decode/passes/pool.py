@@ -18,7 +18,7 @@ from std_decode.passes.engine import Engine
 
 # transformers leaves hooks that collect hidden states where a call asked for some; in other calls
 # they do nothing.
-_IDLE_HOOKS = "transformers.utils.output_capturing"
+IDLE_HOOKS = "transformers.utils.output_capturing"
 
 
 class _Call:
@@ -123,7 +123,7 @@ class Engines:
             return reason
         for name, module in model.named_modules():
             hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
-            if any(getattr(hook, "__module__", None) != _IDLE_HOOKS for hook in hooks):
+            if any(getattr(hook, "__module__", None) != IDLE_HOOKS for hook in hooks):
                 return f"a hook wants to see each pass of {name or type(module).__name__}"
         return None
 
@@ -143,7 +143,8 @@ def _fingerprint(model: nn.Module) -> Hashable:
         for module in model.modules()
     ]
     config = _plain(vars(model.get_decoder().config))
-    return hash((tuple(adapters), tuple(weights), tuple(parts), config))
+    fused = model._std_decode.fused.active
+    return hash((tuple(adapters), tuple(weights), tuple(parts), config, fused))
 
 
 def _plain(value: Any) -> Hashable:

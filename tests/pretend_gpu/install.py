@@ -53,6 +53,7 @@ def install() -> None:
     """Until the process ends. Each variant of a Triton kernel is compiled when it is launched."""
     import torch._dynamo  # knows each function of torch.cuda by name, and no stand-ins
 
+    from std_decode.model import packed
     from tests.pretend_gpu import cuda, driver, tensors
 
     _set_guard()
@@ -65,5 +66,6 @@ def install() -> None:
     torch.tensor, torch.as_tensor = tensors.make_tensor, tensors.as_tensor
     torch.__future__.set_overwrite_module_params_on_conversion(True)
     tensors.Mode().__enter__()
+    packed.PLAIN.add(tensors.PretendTensor)
     ledger.installed = True
     driver.install()

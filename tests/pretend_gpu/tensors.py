@@ -59,6 +59,14 @@ class PretendTensor(torch.Tensor):
     ) -> Any:
         return compute(func, args, kwargs or {})
 
+    @property
+    def data(self) -> torch.Tensor:
+        return self.detach()
+
+    @data.setter
+    def data(self, other: PretendTensor) -> None:
+        self.held = other.held
+
     def data_ptr(self) -> int:
         return self.held.data_ptr()
 
