@@ -23,7 +23,7 @@ from std_decode.admission.recognised import unlike, unlike_norm
 from std_decode.admission.trial import added_difference, allowed, input_device
 from std_decode.model.cache import SparseToDenseCache
 from std_decode.model.fused_layer import FusedLayer, FusedNorm, Fusion, fused_class, own_class
-from std_decode.model.packed import sharing, unfit
+from std_decode.model.packed import unfit, users_of
 from std_decode.model.running_pass import RUNNING, Pass
 from std_decode.passes.engine import Engine
 from std_decode.passes.promise import Promise
@@ -63,12 +63,12 @@ class Fused:
             return
         decoder: Any = model.get_decoder()
         blocks = dict(_blocks(decoder, layers))
-        shared = sharing(model.named_parameters(remove_duplicate=False))
+        users = users_of(model.named_parameters(remove_duplicate=False))
         for name, block in blocks.items():
             reason = unlike(block) or _taken(block)
             if reason is None:
                 fusion = Fusion(self, name, block)
-                reason = next(filter(None, (unfit(x, shared) for x in fusion.joints)), None)
+                reason = next(filter(None, (unfit(x, users) for x in fusion.joints)), None)
             if reason is None:
                 self.fusions.append(fusion)
             else:
@@ -138,14 +138,14 @@ class Fused:
         """Have what is fused follow the model: layers that were changed since are not, and weights
         that were replaced or moved are laid side by side anew."""
         with _packing:
-            shared: dict[int, set[int]] | None = None
+            users: Counter[int] | None = None
             for fusion in self.fusions:
                 reason = unlike(fusion.layer)
                 if reason is None and not fusion.intact:
                     fusion.gather()
-                    if shared is None:
-                        shared = sharing(model.named_parameters(remove_duplicate=False))
-                    reason = next(filter(None, (unfit(x, shared) for x in fusion.joints)), None)
+                    if users is None:
+                        users = users_of(model.named_parameters(remove_duplicate=False))
+                    reason = next(filter(None, (unfit(x, users) for x in fusion.joints)), None)
                 self.kept.pop(fusion.name, None)
                 if reason is None:
                     self._activate(fusion)

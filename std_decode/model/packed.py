@@ -7,6 +7,7 @@ into the slice.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -94,11 +95,11 @@ def _is_slice(parameter: Any, part: Tensor) -> bool:
     )
 
 
-def unfit(joint: Joint, sharing: dict[int, set[int]]) -> str | None:
+def unfit(joint: Joint, users: Counter[int]) -> str | None:
     """Why the weights of these layers cannot be slices of one tensor, or None.
 
     Args:
-        sharing: of the whole model, see `sharing`.
+        users: of the whole model's memory, see `users_of`.
     """
     parameters = joint.parameters
     kinds = {type(x.data) for x in parameters}
@@ -112,8 +113,8 @@ def unfit(joint: Joint, sharing: dict[int, set[int]]) -> str | None:
         return "weights that were made in inference mode"
     if len({layer.bias is None for layer in joint.layers}) > 1:
         return "a bias in some of its q, k and v or gate and up, not in all"
-    own = {id(x) for x in parameters}
-    if len(own) < len(parameters) or any(sharing[_storage(x)] - own for x in parameters):
+    own = Counter(map(_storage, parameters))
+    if any(users[storage] > count for storage, count in own.items()):
         return "weights that are shared with another layer"
     storages = {_storage(x): x.untyped_storage().nbytes() for x in parameters}
     if sum(storages.values()) > sum(x.nbytes for x in parameters):
@@ -121,13 +122,9 @@ def unfit(joint: Joint, sharing: dict[int, set[int]]) -> str | None:
     return None
 
 
-def sharing(named: Iterable[tuple[str, nn.Parameter]]) -> dict[int, set[int]]:
-    """By memory, which parameters lie in it."""
-    found: dict[int, set[int]] = {}
-    for _, parameter in named:
-        if type(parameter.data) in PLAIN:
-            found.setdefault(_storage(parameter), set()).add(id(parameter))
-    return found
+def users_of(named: Iterable[tuple[str, nn.Parameter]]) -> Counter[int]:
+    """How many parameters of modules lie in each piece of memory."""
+    return Counter(_storage(x) for _, x in named if type(x.data) in PLAIN)
 
 
 def _storage(tensor: Tensor) -> int:

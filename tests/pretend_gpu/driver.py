@@ -37,6 +37,7 @@ class Launcher:
         if not (0 < x < 2**31 and 0 < y <= 65535 and 0 < z <= 65535):
             raise RuntimeError(f"CUDA error: invalid argument (grid of {self.name}: {x, y, z})")
         ledger.kernels[self.name] += 1
+        ledger.launch(self.name)
 
 
 class Driver:

@@ -17,7 +17,7 @@ class Ledger:
     Attributes:
         syncs: times that the host waited for the device, by what and from where.
         copies: copies between host and device, "h2d" and "d2h", likewise.
-        launches: operators that launch something, of aten and of std_kernels, by name.
+        launches: operators of aten that launch something, and Triton kernels, by name.
         kernels: launches of Triton kernels, by name.
         compilations: variants of Triton kernels that were compiled, name and key.
         captures, replays: of passes; `captured` has the launches in each captured pass.

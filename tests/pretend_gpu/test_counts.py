@@ -5,6 +5,7 @@ import torch
 
 import std_decode
 from tests.decode.conftest import make_case  # noqa: F401
+from tests.decode.families import base
 from tests.pretend_gpu.ledger import ledger
 
 pytestmark = [
@@ -13,7 +14,11 @@ pytestmark = [
 ]
 FAMILIES = ["llama", "qwen2_vl"]
 PATCH = dict(draft_length=4, top_k_keys=10_000)  # every key: all drafts agree
-LAUNCHES = 45  # of a layer in a pass, at most; the fused layer is to bring it down to 10
+FIVE = ["llama", "qwen2_vl", "qwen3_vl", "mistral", "llava_onevision"]
+LAUNCHES = 10  # of a layer in a pass, at most
+# Of a fused layer, without its attention.
+OWN = {"_add_rms_norm_kernel": 2, "_rope_write_kernel": 1, "_silu_mul_kernel": 1}
+PRODUCTS = 4
 
 
 @pytest.fixture
@@ -60,13 +65,31 @@ def test_the_host_waits_once_a_round_and_copies_nothing(on_gpu, family, rows, do
     assert many[2] == few[2], ledger.copies
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_launches_of_a_layer(on_gpu, family):
-    case = on_gpu(family)
-    layers = len(case.model._std_decode.layers)
-    assert len(ledger.captured) == 2  # a draft and a verification
-    for captured in ledger.captured:
-        assert 0 < sum(captured.values()) <= LAUNCHES * layers, captured
+def launches(on_gpu, monkeypatch, family, layers, **options):
+    """Those of a draft or dense pass and of a verification, as they were captured."""
+    monkeypatch.setitem(base.TEXT, "num_hidden_layers", layers)
+    case = on_gpu(family, **options)
+    stats = std_decode.last_stats(case.model)
+    assert stats.fused_layers == layers and stats.eager_because is None
+    return ledger.captured
+
+
+@pytest.mark.parametrize("family, options", [
+    *((family, dict(top_k_keys=8)) for family in FIVE),  # verification scores the keys
+    ("llama", {}),
+    ("llama", dict(draft_length=0)),
+])  # fmt: skip
+def test_launches_of_a_layer(on_gpu, monkeypatch, family, options):
+    """With one layer more: what it launches more."""
+    few, many = (launches(on_gpu, monkeypatch, family, n, **options) for n in (1, 2))
+    assert len(few) == len(many) == (1 if options.get("draft_length") == 0 else 2)
+    for before, after in zip(few, many):
+        layer = dict(after - before)
+        products = sum(layer.pop(name, 0) for name in ("aten.mm.default", "aten.addmm.default"))
+        assert products == PRODUCTS
+        own = {name: layer.pop(name) for name in OWN}
+        assert own == OWN
+        assert PRODUCTS + sum(own.values()) + sum(layer.values()) <= LAUNCHES, layer
 
 
 def test_prompts_of_other_lengths_compile_nothing(on_gpu):
