@@ -1,8 +1,8 @@
 """4-bit copies of a linear layer's weights, and the product with them: `std_kernels.int4_linear`.
 
 Along each row, groups of 128 (64, 32) weights share a scale and a zero, both bfloat16;
-w = (q - 8) * scale + zero with q from 0 to 15. That is 0.53 bytes a weight. Rounding is to the
-nearest, between the least and the largest weight of a group.
+w = (q - 8) * scale + zero with q from 0 to 15. That is 0.53 bytes a weight. How they are chosen is
+in `rounding`.
 
 Copies serve drafts alone, so what rounding costs is agreement, never a token.
 """
@@ -16,10 +16,12 @@ import torch
 from torch import Tensor
 
 import std_kernels as sk
+from std_decode.weights.rounding import fit
 
 GROUPS = (128, 64, 32)  # the first that divides a row is taken
 ROWS = 16  # output features that `std_kernels.pack_int4` packs together
 CHUNK = 1 << 24  # weights that are quantised at a time, which bounds what is needed besides
+FITTED = 1 << 18  # the same on a CPU, whose caches they should fit in
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -82,11 +84,22 @@ def temporary_bytes(rows: int, columns: int) -> int:
     return 24 * min(max(CHUNK, 64 * columns), rows * columns) + nbytes(rows, columns)
 
 
-def quantize(weight: Tensor) -> Quantized:
-    """Round a weight ``[N, K]`` of any float dtype to 4 bits, where it is."""
-    group = group_size(weight.shape[1])
+def quantize(weight: Tensor, importance: Tensor | None = None) -> Quantized:
+    """Round a weight ``[N, K]`` of any float dtype to 4 bits, where it is.
+
+    Args:
+        importance: of each column, float32 ``[K]``, positive, with a mean of 1: the mean squares
+            of what it is multiplied with. None: all count alike.
+    """
+    columns = weight.shape[1]
+    group = group_size(columns)
     assert group is not None
-    parts = [_quantize(rows, group) for rows in weight.split(_chunk_rows(weight.shape[1]))]
+    if importance is not None:
+        importance = importance.to(weight.device).unflatten(0, (-1, group))
+    rows = _chunk_rows(columns)
+    if weight.device.type == "cpu":
+        rows = max(1, min(rows, FITTED // columns))
+    parts = [_quantize(chunk, group, importance) for chunk in weight.split(rows)]
     values, scales = zip(*parts)
     return Quantized(torch.cat(values), torch.cat(scales, dim=1))
 
@@ -96,14 +109,10 @@ def _chunk_rows(columns: int) -> int:
     return max(64, CHUNK // columns // 64 * 64)
 
 
-def _quantize(weight: Tensor, group: int) -> tuple[Tensor, Tensor]:
-    groups = weight.detach().float().unflatten(1, (-1, group))
-    least, most = groups.aminmax(dim=-1)
-    # As the kernel is going to see them: rounding q afterwards makes up for theirs.
-    scale = ((most - least) / 15).clamp(min=1e-8).bfloat16()
-    zero = (least + 8 * scale.float()).bfloat16()
-    q = (groups - zero.float()[..., None]).div_(scale.float()[..., None]).add_(8)
-    q = q.round_().clamp_(0, 15).to(torch.uint8).flatten(1)
+def _quantize(weight: Tensor, group: int, importance: Tensor | None) -> tuple[Tensor, Tensor]:
+    groups = weight.detach().float().contiguous().unflatten(1, (-1, group))
+    q, scale, zero = fit(groups, importance)
+    q = q.flatten(1)
     values = q[:, ::2] << 4 | q[:, 1::2]
     return values, torch.stack((scale, zero), dim=-1).transpose(0, 1).contiguous()
 

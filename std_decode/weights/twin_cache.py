@@ -19,12 +19,13 @@ from torch import Tensor
 from std_decode.weights.quantize import Quantized
 from std_decode.weights.twins import Twins
 
-FORMAT = "std_decode 4-bit weights, 1"
+FORMAT = "std_decode 4-bit weights, 2"
+OLDER = ("std_decode 4-bit weights, 1",)  # rounded less well; replaced
 SAMPLE = 1024  # weights of a layer
 
 
 def make(model: Any, twins: Twins, path: Path) -> None:
-    """Make twins of what the file holds; where it is of other weights it is made anew.
+    """Make twins of what the file holds; where it is of other weights or older it is made anew.
 
     Raises:
         ValueError: the file is damaged or of another kind; it is left as it is.
@@ -35,9 +36,9 @@ def make(model: Any, twins: Twins, path: Path) -> None:
         try:
             with safe_open(path, "pt") as file:
                 found = file.metadata() or {}
-                if found.get("format") != FORMAT:
+                if found.get("format") not in (FORMAT, *OLDER):
                     raise ValueError(_unusable(path, "it is of another kind"))
-                if found["fingerprint"] == told:
+                if found["format"] == FORMAT and found["fingerprint"] == told:
                     twins.make(model, read=lambda name: _read(file, name))
                     return
         except SafetensorError as error:

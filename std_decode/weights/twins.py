@@ -26,6 +26,8 @@ from std_decode.costs.memory import free_memory, gigabytes
 from std_decode.model.running_pass import running_pass
 from std_decode.weights import quantize
 from std_decode.weights.joint import Joint
+from std_decode.weights.moments import input_moments
+from std_decode.weights.rescoring import rescored
 
 SHOWN_AFTER = 1.0  # seconds of quantising, before someone at a terminal is told
 _NONE = "no linear layer can have 4-bit weights"
@@ -42,7 +44,7 @@ class TwinnedLinear(nn.Linear):
         if running is not None and running.twins is not None:
             twin = self._std_decode_twin
             if running.twins is twin.owner and twin.packed is not None:
-                return quantize.linear(input, twin.packed, twin.scales, self.bias)
+                return twin.multiply(input, self.bias)
         return F.linear(input, self.weight, self.bias)
 
 
@@ -60,7 +62,7 @@ class _Recognised(TorchFunctionMode):
             twin = self.twins.get(args[1].data_ptr())
             if twin is not None and twin.packed is not None and twin.weight.shape == args[1].shape:
                 bias = args[2] if len(args) > 2 else (kwargs or {}).get("bias")
-                return quantize.linear(args[0], twin.packed, twin.scales, bias)
+                return twin.multiply(args[0], bias)
         return func(*args, **(kwargs or {}))
 
 
@@ -71,6 +73,7 @@ class Twin:
     Attributes:
         name: of the layer in the model.
         wrapped: whether the layer's forward was replaced.
+        head: whether it is the LM head, whose best logits are its own weights'.
         packed, scales: see `quantize`; None until made, and in copies of a model.
         made_of: what it was made of, see `_made_of`.
         joint: what it is part of, see `Twins.joint`.
@@ -80,6 +83,7 @@ class Twin:
     layer: nn.Linear
     owner: Twins
     wrapped: bool
+    head: bool = False
     packed: Any = None
     scales: Any = None
     made_of: Any = None
@@ -96,6 +100,11 @@ class Twin:
     @property
     def nbytes(self) -> int:
         return 0 if self.packed is None else self.packed.nbytes + self.scales.nbytes
+
+    def multiply(self, input: Tensor, bias: Tensor | None) -> Tensor:
+        """What a draft has for ``F.linear`` with the layer's weights."""
+        product = quantize.linear(input, self.packed, self.scales, bias)
+        return rescored(product, input, self.weight, bias) if self.head else product
 
     def take(self, quantized: quantize.Quantized) -> None:
         values, scales = (part.to(self.weight.device) for part in quantized)
@@ -140,10 +149,13 @@ class Twins:
         self.kept: dict[str, str] = {}
         self.joints: list[Joint] = []
         self.missing: str | None = None
+        output = model.get_output_embeddings()
+        heads = set() if output is None else {*output.modules()}
         for name, layer in _linear_layers(model):
             reason = self._refusal(layer)
             if reason is None:
-                self.twins.append(Twin(name, layer, self, "forward" in vars(layer)))
+                wrapped = "forward" in vars(layer)
+                self.twins.append(Twin(name, layer, self, wrapped, layer in heads))
             else:
                 self.kept[name] = reason
         if not self.twins:
@@ -240,13 +252,22 @@ class Twins:
                     self.kept[twin.name] = reason
             stale = [twin for twin in stale if twin.name not in self.kept]
             _check_memory([twin for twin in stale if twin.packed is None])
+            moments: dict[nn.Module, Tensor] | None = None
             for twin in _with_progress(stale):
                 quantized = read(twin.name)
                 if quantized is None:
-                    quantized = quantize.quantize(twin.weight)
+                    if moments is None:
+                        moments = self._moments(model)
+                    quantized = quantize.quantize(twin.weight, moments.get(twin.layer))
                     keep(twin.name, quantized)
                 twin.take(quantized)
                 twin.made_of = now[twin]
+
+    def _moments(self, model: Any) -> dict[nn.Module, Tensor]:
+        # Replaced forwards may be of ranks that share the model, and not all may come here.
+        if any(twin.wrapped for twin in self.twins):
+            return {}
+        return input_moments(model, [twin.layer for twin in self.twins])
 
     def refresh(self, model: Any) -> Twins | None:
         """Have the twins follow the model's weights. None where there are none to draft with.

@@ -11,13 +11,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors import safe_open
 from torch import nn
 
 import std_decode
 from bench.models.build import model_class_and_config
 from bench.models.dimensions import SHAPES
 from std_decode.passes import engine, graphs
-from std_decode.weights import draft_weights, quantize, twins
+from std_decode.weights import draft_weights, quantize, twin_cache, twins
 from std_decode.weights.twins import TwinnedLinear, Twins
 from tests.decode.recorder import Recording
 
@@ -321,7 +322,7 @@ def test_twins_follow_the_weights(make_case, change):
 def test_only_what_changed_is_made_again(make_case, monkeypatch):
     case, made = make_case("llama", 2), []
     plain = quantize.quantize
-    monkeypatch.setattr(quantize, "quantize", lambda weight: made.append(1) or plain(weight))
+    monkeypatch.setattr(quantize, "quantize", lambda *given: made.append(1) or plain(*given))
     with std_decode.patched(case.model, **PATCH):
         assert len(made) == 22
         case.generate()
@@ -655,6 +656,23 @@ def test_a_cache_is_written_once_and_read_later(make_case, tmp_path, monkeypatch
     with std_decode.patched(case.model, draft_weights_cache=file, **PATCH):
         assert max(errors(case.model).values()) < 0.15
     assert file.read_bytes() != before
+
+
+def test_a_file_of_an_older_format_is_replaced(make_case, tmp_path, monkeypatch):
+    file, case = tmp_path / "twins", make_case("llama", 2)
+    with std_decode.patched(case.model, draft_weights_cache=file, **PATCH):
+        new = errors(case.model)
+    with monkeypatch.context() as older:
+        plain = quantize.quantize
+        older.setattr(twin_cache, "FORMAT", twin_cache.OLDER[-1])
+        older.setattr(quantize, "quantize", lambda weight, _: plain(0 * weight))
+        file.unlink()
+        with std_decode.patched(case.model, draft_weights_cache=file, **PATCH):
+            assert min(errors(case.model).values()) > 0.9
+    with std_decode.patched(case.model, draft_weights_cache=file, **PATCH):
+        assert errors(case.model) == new
+    with safe_open(file, "pt") as found:
+        assert found.metadata()["format"] == twin_cache.FORMAT
 
 
 @pytest.mark.parametrize("content", ["words", "cut short", "a model"])
