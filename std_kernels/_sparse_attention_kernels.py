@@ -96,7 +96,8 @@ def _sparse_split_kernel(
     indices_ptr += b * stride_indices_b + h * stride_indices_h
     for e0 in tl.range(first, last, step):
         e = e0 + tl.arange(0, BLOCK_N)
-        listed = tl.load(indices_ptr + e, mask=is_list & (e < last), other=-1)
+        # Not `is_list & ...`: of a scalar, Triton 3.9's interpreter makes a mask of integers.
+        listed = tl.load(indices_ptr + e, mask=e < tl.where(is_list, last, 0), other=-1)
         n = tl.where(is_list, listed, e)
         valid = (n >= 0) & (n < tl.where(is_list, tail_start, kv_len))
         n = tl.where(valid, n, 0)
