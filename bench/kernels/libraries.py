@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
+from inspect import signature
 from typing import Any, NamedTuple
 
 import torch
@@ -26,6 +27,7 @@ LIBRARIES = {
     "gemlite": "gemlite",
 }
 PAGE = 64  # keys, for what takes pages
+TORCH_PAGE = 256  # the least that FlashAttention's kernels in torch take
 WORKSPACE = 256 << 20  # bytes that flashinfer is given for its partial results
 
 
@@ -129,6 +131,56 @@ def paged(given: Tensors, seen: Tensor | None, tail: int) -> Rival:
         return out.view(requests, T, G, D).transpose(1, 2).reshape(query.shape)
 
     return Rival(prepare, output, extra=WORKSPACE + 4 * requests * N // page)
+
+
+def variable_length(given: Tensors) -> Rivals:
+    """Of torch, as far as this one has them and they take these tensors."""
+    if find_spec("torch.nn.attention.varlen") is None or given.key.dtype == torch.float32:
+        return {}
+    from torch.nn.attention.varlen import varlen_attn
+
+    found = {"varlen": varlen(given, paged=False)}
+    if "block_table" in signature(varlen_attn).parameters and given.key.shape[2] % TORCH_PAGE == 0:
+        found["varlen-paged"] = varlen(given, paged=True)
+    return found
+
+
+def varlen(given: Tensors, paged: bool) -> Rival:
+    """torch's variable-length attention, from keys in one piece or through a block table.
+
+    Each KV head of each row is a sequence, as in `paged` above.
+    """
+    query, key, value, kv_len = given
+    B, Hkv, N, D = key.shape
+    T, G = query.shape[2], query.shape[1] // Hkv
+    sequences, pages = B * Hkv, N // TORCH_PAGE
+
+    def prepare() -> Callable[[], Any]:
+        from torch.nn.attention.varlen import varlen_attn
+
+        def numbers(count: int, step: int) -> Tensor:
+            return torch.arange(count, dtype=torch.int32, device=query.device) * step
+
+        rows = query.view(sequences, G, T, D).transpose(1, 2).reshape(sequences * T, G, D)
+        options: dict[str, Any] = dict(window_size=(-1, 0), enable_gqa=True)
+        if paged:
+            cache = (x.view(-1, TORCH_PAGE, 1, D) for x in (key, value))
+            starts = None
+            options |= dict(
+                seqused_k=kv_len.repeat_interleave(Hkv),
+                block_table=numbers(sequences * pages, 1).view(sequences, pages),
+            )
+        else:
+            cache = (x.view(-1, 1, D) for x in (key, value))
+            starts = numbers(sequences + 1, N)
+        return partial(
+            varlen_attn, rows, *cache, numbers(sequences + 1, T), starts, T, N, **options
+        )
+
+    def output(out: Tensor) -> Tensor:
+        return out.view(sequences, T, G, D).transpose(1, 2).reshape(query.shape)
+
+    return Rival(prepare, output)
 
 
 def xformers(given: Tensors) -> Rival:

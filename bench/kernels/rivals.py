@@ -26,9 +26,9 @@ BACKENDS = {
     "sdpa-cudnn": SDPBackend.CUDNN_ATTENTION,
     "sdpa-math": SDPBackend.MATH,
 }
-NAMES = (*BACKENDS, "sdpa", "flexattention", *LIBRARIES, "sdpa+eager", "torch.topk",
-         "torch.topk+sort", "flashinfer+ties", "gather+sdpa", "eager", "dense-weights",
-         "int4pack_mm", "partials")  # fmt: skip
+NAMES = (*BACKENDS, "sdpa", "varlen", "varlen-paged", "flexattention", *LIBRARIES, "sdpa+eager",
+         "torch.topk", "torch.topk+sort", "flashinfer+ties", "gather+sdpa", "eager",
+         "dense-weights", "int4pack_mm", "partials")  # fmt: skip
 
 
 def _call(function: Callable[..., Any], *args: Any, **options: Any) -> Callable[[], Any]:
@@ -42,6 +42,7 @@ def dense(given: Tensors) -> Rivals:
     found = _sdpa(given)
     found["flexattention"] = Rival(partial(_flex_causal, given))
     if query.is_cuda:
+        found |= libraries.variable_length(given)
         found |= libraries.installed({
             "flash-attn": partial(libraries.flash, given, "flash_attn"),
             "flash-attn-3": partial(libraries.flash, given, "flash_attn_interface"),

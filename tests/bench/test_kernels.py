@@ -1,5 +1,6 @@
 """Right kernels are timed, wrong ones refused; rivals compute what they are said to."""
 
+import inspect
 import json
 import sys
 import types
@@ -394,6 +395,51 @@ def test_flash_attention(module, tuple_of, T, monkeypatch):
     monkeypatch.setitem(sys.modules, module, fake)
     rival = libraries.flash(given, module)
     assert right(given).of_rival(rival.output(rival.prepare()()), rival.causal) <= 1
+
+
+@pytest.mark.parametrize("paged", [False, True])
+@pytest.mark.parametrize("T", [1, 4])
+def test_variable_length_attention_of_torch(T, paged, monkeypatch):
+    varlen = pytest.importorskip("torch.nn.attention.varlen")
+    given = attention(T, B=3, N=512)
+    B, Hq, _, D = given.query.shape
+    N, Hkv = given.key.shape[2], given.key.shape[1]
+    named, page = inspect.signature(varlen.varlen_attn), libraries.TORCH_PAGE
+
+    def varlen_attn(*args, **options):
+        asked = named.bind(*args, **options).arguments
+        rows, starts, sequences = asked["query"], asked["cu_seq_q"], B * Hkv
+        assert rows.shape == (sequences * T, Hq // Hkv, D) and rows.is_contiguous()
+        assert starts.dtype == torch.int32 and starts.tolist() == [*range(0, len(rows) + 1, T)]
+        assert asked["window_size"] == (-1, 0) and asked["enable_gqa"]
+        assert (asked["max_q"], asked["max_k"]) == (T, N)
+        same_memory(asked["key"], given.key), same_memory(asked["value"], given.value)
+        if paged:
+            table = asked["block_table"]
+            assert asked["key"].shape == (sequences * N // page, page, 1, D)
+            assert table.dtype == torch.int32 and asked["cu_seq_k"] is None
+            assert asked["seqused_k"].tolist() == [N] * sequences
+            cache = [
+                asked[name][table.long()].view(sequences, N, 1, D) for name in ("key", "value")
+            ]
+        else:
+            assert asked["cu_seq_k"].tolist() == [*range(0, sequences * N + 1, N)]
+            cache = [asked[name].view(sequences, N, 1, D) for name in ("key", "value")]
+        keys = [x.transpose(1, 2).expand(-1, Hq // Hkv, -1, -1) for x in cache]
+        query = rows.view(sequences, T, -1, D).transpose(1, 2)
+        return causal_attention(query, *keys).transpose(1, 2).reshape(rows.shape)
+
+    monkeypatch.setattr(varlen, "varlen_attn", varlen_attn)
+    rival = libraries.varlen(given, paged)
+    assert right(given).of_rival(rival.output(rival.prepare()()), rival.causal) <= 1
+
+
+def test_which_of_them_this_torch_has():
+    pytest.importorskip("torch.nn.attention.varlen")
+    found = libraries.variable_length(attention(1, N=512, dtype=torch.bfloat16))
+    assert "varlen" in found and set(found) <= set(rivals.NAMES)
+    assert not libraries.variable_length(attention(1, N=512))  # float32
+    assert "varlen-paged" not in libraries.variable_length(attention(1, dtype=torch.bfloat16))
 
 
 class PagedWrapper:
