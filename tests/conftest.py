@@ -2,6 +2,7 @@
 
 import gc
 import os
+from importlib.util import find_spec
 
 import pytest
 
@@ -18,6 +19,19 @@ def pytest_addoption(parser):
         help="have the tests of tests/decode capture and replay passes, by a stand-in for CUDA "
         "graphs that runs on the CPU",
     )
+    parser.addoption(
+        "--tested",
+        metavar="WHAT",
+        help="when all have passed, write these versions into docs/models.md (tests/versions.py)",
+    )
+
+
+def pytest_sessionfinish(session, exitstatus):
+    what = session.config.getoption("--tested")
+    if what and exitstatus == 0 and "PYTEST_XDIST_WORKER" not in os.environ:
+        from tests.versions import note
+
+        note(what)
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -32,6 +46,15 @@ def pytest_cmdline_main(config):
     if "PYTEST_XDIST_WORKER" not in os.environ:
         config.option.numprocesses = min(8, os.cpu_count() or 1)
         config.option.dist = "worksteal"  # some tests take half a minute, most a tenth of a second
+
+
+def pytest_collection_modifyitems(items):
+    if find_spec("torchvision") is not None:
+        return
+    missing = pytest.mark.skip(reason='no torchvision; pip install -e ".[hub]"')
+    for item in items:
+        if item.get_closest_marker("torchvision") is not None:
+            item.add_marker(missing)
 
 
 @pytest.hookimpl(trylast=True)

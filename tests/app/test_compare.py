@@ -176,6 +176,7 @@ def test_ratios_are_of_the_runs_side_by_side():
 COMMAND = "import sys\nfrom std_decode.app import main as cli\nsys.exit(cli.main(sys.argv[1:]))"
 
 
+@pytest.mark.torchvision
 @pytest.mark.parametrize("family", ["qwen2_vl", "llava_onevision"])
 def test_a_model_from_a_folder_is_compared(tmp_path, filmed, checkpoints, family):
     arguments = ["--model", checkpoints / family, "--video", filmed, "--frames", 8, *DRAFTS,

@@ -294,6 +294,7 @@ print(json.dumps(found))
 """
 
 
+@pytest.mark.torchvision
 @pytest.mark.parametrize("family", ["qwen2_vl", "llava_onevision"])
 def test_a_model_from_a_folder_answers_as_unpatched(tmp_path, filmed, checkpoints, family):
     done = tiny_qwen.run(CHECK, checkpoints / family, filmed, tmp_path / "a.png", cwd=tmp_path)

@@ -9,26 +9,9 @@ import sys
 import pytest
 
 from std_decode.app import main as cli
-from tests.demo import tiny_qwen
 
 ASKED = ["--prompt", "Why so?", "--max-new-tokens", "40", "--draft-length", "3", "--top-k-keys"]
 SAMPLED = ["--sample", "--temperature", "1.5", "--seed", "7"]
-# What torchrun runs in each process. Its agent, too, imports what the processor needs.
-PROCESS = """
-import sys
-from tests.demo import tiny_qwen
-
-tiny_qwen.lend_operators()
-from std_decode.app import main as cli
-
-sys.exit(cli.main(sys.argv[1:]))
-"""
-TORCHRUN = """
-import sys
-from torch.distributed.run import main
-
-main(["--nproc-per-node", "2", "--standalone", *sys.argv[1:]])
-"""
 
 
 def torchrun(*arguments):
@@ -68,18 +51,16 @@ def test_each_process_keeps_4_bit_copies_of_its_own_share(llama, tmp_path):
     assert files[0] == files[1] and told[0] == told[1]  # read, not made anew
 
 
+@pytest.mark.torchvision
 @pytest.mark.parametrize(
     "family", ["qwen2_vl", pytest.param("llava_onevision", marks=pytest.mark.slow)]
 )
-def test_a_video_model_answers_as_in_one_process(tmp_path, filmed, checkpoints, family):
+def test_a_video_model_answers_as_in_one_process(filmed, checkpoints, capsys, family):
     question = ["generate", "--model", checkpoints / family, "--video", filmed, "--frames", "8"]
     question += [*ASKED, "8"]
-    whole = tiny_qwen.run(PROCESS, *question, cwd=tmp_path)
-    assert whole.returncode == 0 and len(whole.stdout) > 30, whole.stderr
-    script = tmp_path / "process.py"
-    script.write_text(PROCESS)
-    done = tiny_qwen.run(TORCHRUN, script, *question, "--tp", cwd=tmp_path)
-    assert done.returncode == 0 and done.stdout == whole.stdout, done.stderr
+    expected = alone(capsys, *question)
+    done = torchrun(*question, "--tp")
+    assert done.returncode == 0 and done.stdout == expected, done.stderr
 
 
 @pytest.mark.parametrize(

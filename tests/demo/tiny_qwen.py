@@ -1,9 +1,6 @@
 """A Qwen2-VL checkpoint of random weights, as a folder on disk, with the real processor.
 
-The processor needs torchvision. Beside a CPU build of torch, torchvision cannot load its own
-library, and where it is installed but does not import, transformers does not either. So what needs
-it runs in a process of its own, from a folder that ``STD_TORCHVISION`` names and no other process
-sees, with stand-ins for the operators that are missing.
+The processor needs torchvision, so tests of it are marked torchvision.
 """
 
 from __future__ import annotations
@@ -11,19 +8,11 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 
-import pytest
 import torch
 
 ROOT = Path(__file__).parents[2]
-_OPS = (
-    "nms qnms roi_align _roi_align_backward ps_roi_align _ps_roi_align_backward roi_pool "
-    "_roi_pool_backward ps_roi_pool _ps_roi_pool_backward qroi_align deform_conv2d "
-    "_deform_conv2d_backward"
-)
-_LIBRARY: list[torch.library.Library] = []  # its operators go when it goes
 _SPECIAL = (
     "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>",
     "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>",
@@ -38,54 +27,44 @@ _TEMPLATE = (
 
 
 def run(code: str, *arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
-    """Run Python `code` where the processor works; skips where there is no torchvision."""
-    folder = os.environ.get("STD_TORCHVISION", "")
-    if not folder and find_spec("torchvision") is None:
-        pytest.skip(
-            "no torchvision; pip install --no-deps --target DIR torchvision, STD_TORCHVISION=DIR"
-        )
-    path = os.pathsep.join(filter(None, [str(ROOT), folder]))
-    first = "from tests.demo import tiny_qwen\ntiny_qwen.lend_operators()\n"
+    """Run Python `code` in a process of its own; in tests marked torchvision."""
     return subprocess.run(
-        [sys.executable, "-c", first + code, *map(str, arguments)],
+        [sys.executable, "-c", f"from tests.demo import tiny_qwen\n{code}", *map(str, arguments)],
         capture_output=True,
         text=True,
         cwd=cwd,
-        env={**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+        env={
+            **os.environ,
+            "PYTHONPATH": str(ROOT),
+            "HF_HUB_OFFLINE": "1",
+            "OMP_NUM_THREADS": "1",
+        },
     )
-
-
-def lend_operators() -> None:
-    """Define torchvision's operators where it has none; the processors use none of them."""
-    try:
-        import torchvision  # noqa: F401
-    except RuntimeError:
-        for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
-            del sys.modules[name]
-        _LIBRARY.append(torch.library.Library("torchvision", "DEF"))
-        for op in _OPS.split():
-            _LIBRARY[0].define(f"{op}(Tensor x) -> Tensor")
-        import torchvision  # noqa: F401
 
 
 def tokenizer(special=_SPECIAL):
     """Of single letters; the first special token pads, the third ends an answer."""
+    letters = [chr(code) for code in range(32, 127)] + ["\n"]
+    words = {word: i for i, word in enumerate([*special, *letters])}
+    return tokenizer_of(words, special[0], list(special[1:]), dict(eos_token=special[2]))
+
+
+def tokenizer_of(words: dict[str, int], pad: str, special: list[str], named: dict[str, str]):
+    """Of these ids; all that is no special token is a letter. `named` become its attributes."""
     from tokenizers import Regex, Tokenizer
     from tokenizers.decoders import Fuse
     from tokenizers.models import WordLevel
     from tokenizers.pre_tokenizers import Split
     from transformers import PreTrainedTokenizerFast
 
-    letters = [chr(code) for code in range(32, 127)] + ["\n"]
-    words = {word: i for i, word in enumerate([*special, *letters])}
-    made = Tokenizer(WordLevel(words, unk_token=special[0]))
+    made = Tokenizer(WordLevel(words, unk_token=pad))
     made.decoder = Fuse()
     made.pre_tokenizer = Split(Regex(r"[\s\S]"), "isolated")
     return PreTrainedTokenizerFast(
         tokenizer_object=made,
-        pad_token=special[0],
-        eos_token=special[2],
-        additional_special_tokens=list(special[1:]),
+        pad_token=pad,
+        additional_special_tokens=special,
+        **named,
     )
 
 

@@ -108,6 +108,7 @@ def test_every_example_runs_without_a_download(name, tmp_path):
     assert "True" in done.stdout and "False" not in done.stdout, done.stdout
 
 
+@pytest.mark.torchvision
 @pytest.mark.parametrize("name", ["patch_a_model.py", "second_question.py"])
 def test_an_example_takes_a_model_of_the_reader_s(name, tmp_path, filmed_for_docs):
     save = "import sys\nfrom pathlib import Path\nfrom tests.app import tiny\n"

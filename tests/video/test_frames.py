@@ -32,6 +32,18 @@ def film(path, times=range(FRAMES), size=(64, 48), gop=12):
     return path
 
 
+def turned(path):
+    """The same file, to be shown turned clockwise by a quarter."""
+    one, none = (1 << 16).to_bytes(4, "big"), bytes(4)
+    minus, w = (2**32 - (1 << 16)).to_bytes(4, "big"), (1 << 30).to_bytes(4, "big")
+    straight = one + none * 3 + one + none * 3 + w
+    clockwise = none + one + none + minus + none * 4 + w
+    data = path.read_bytes()
+    track = data.index(b"tkhd")
+    path.write_bytes(data[:track] + data[track:].replace(straight, clockwise, 1))
+    return path
+
+
 def shown(clip):
     """Which frames of `film` these are."""
     return np.rint(clip.frames.mean(axis=(1, 2, 3)) / STEP).astype(int).tolist()
@@ -94,14 +106,7 @@ def test_a_turned_video_is_upright(tmp_path):
         for _ in range(3):
             container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
         container.mux(stream.encode())
-    one, none = (1 << 16).to_bytes(4, "big"), bytes(4)
-    minus, w = (2**32 - (1 << 16)).to_bytes(4, "big"), (1 << 30).to_bytes(4, "big")
-    straight = one + none * 3 + one + none * 3 + w
-    clockwise = none + one + none + minus + none * 4 + w
-    data = path.read_bytes()
-    track = data.index(b"tkhd")
-    path.write_bytes(data[:track] + data[track:].replace(straight, clockwise, 1))
-    frame = read_video(path, 1).frames[0]
+    frame = read_video(turned(path), 1).frames[0]
     assert frame.shape == (64, 48, 3)
     assert frame[:12].mean() > 200 and frame[20:].mean() < 30  # left has become top
 

@@ -214,6 +214,7 @@ def test_help_teaches(capsys):
 COMMAND = "import sys\nfrom std_decode.app import main as cli\nsys.exit(cli.main(sys.argv[1:]))"
 
 
+@pytest.mark.torchvision
 def test_a_model_from_a_folder(clips, tmp_path):
     code = "import sys\nfrom pathlib import Path\ntiny_qwen.save(Path(sys.argv[1]))"
     assert tiny_qwen.run(code, tmp_path / "m", cwd=tmp_path).returncode == 0

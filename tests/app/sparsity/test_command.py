@@ -66,6 +66,7 @@ def saved(tmp_path_factory):
     return folder
 
 
+@pytest.mark.torchvision
 def test_sparsity_measures_a_model_from_a_folder(tmp_path, filmed, saved):
     arguments = ["--model", saved, "--video", filmed[0], "--frames", 8, "--prompt", "Why?",
                  "--max-new-tokens", 12, "--picture", "a.png", "--json", "b.json",
@@ -120,6 +121,7 @@ print(json.dumps({
 """
 
 
+@pytest.mark.torchvision
 def test_the_processor_gets_the_frames_and_when_they_are(tmp_path, filmed, saved):
     done = tiny_qwen.run(HANDED_ON, saved, filmed[0], cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -176,6 +178,7 @@ def test_without_a_processor_s_packages_it_says_what_to_install(
     assert words in told and told.count("\n") == 1
 
 
+@pytest.mark.torchvision
 @pytest.mark.parametrize("config", [None, "{}", '{"model_type": "qwen2_vl"}', "no JSON"])
 def test_a_bad_model_is_one_line_and_status_2(tmp_path, filmed, config):
     if config is not None:
