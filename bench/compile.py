@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from bench.assembly import WIDE, Report, _tool, inspect
+from bench.compiled_by import differences, version
 from std_decode.app.output import replace_file
 from std_kernels import _tuning
 
 RESULTS = Path(__file__).parent / "results" / "compile.md"
+OTHERWISE = RESULTS.with_name("compile-newest.md")
 HEAD_DIMS = (64, 120, 128, 256)  # 120 fills no tile, and rows of it begin at multiples of 8 only
 # How many of the bytes loaded in loops may come in pieces of less than 16, by part of the kernel's
 # name. A row's lse and masks take some; a gather takes a 4-byte index or two for every 16-byte
@@ -75,7 +77,12 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--arch", choices=_tuning.TARGETS, action="append", help="only this one")
     parser.add_argument("--op", choices=ops, action="append", help="only this one")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes, default all")
-    parser.add_argument("--out", type=Path, help=f"where to write, default {RESULTS.name}")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help=f"where to write; default {RESULTS.name}, or, with another Triton than wrote that, "
+        f"{OTHERWISE.name}: what is otherwise",
+    )
     parser.set_defaults(run=run)
 
 
@@ -203,7 +210,19 @@ def run(options: argparse.Namespace) -> int:
     results = compile_all(list(cases(targets, ops)), options.jobs)
     # A part must not replace the whole.
     whole = not (options.arch or options.op)
-    return report(results, options.out or (RESULTS if whole else None))
+    return report(results, options.out or (_default() if whole else None))
+
+
+def _default() -> Path:
+    import triton
+
+    same = version(RESULTS.read_text()) == triton.__version__
+    return RESULTS if same else OTHERWISE
+
+
+def _page(results: list[Result], out: Path) -> str:
+    new = _markdown(results)
+    return differences(RESULTS.read_text(), new) if out == OTHERWISE else new
 
 
 def compile_all(todo: list[Case], jobs: int | None) -> list[Result]:
@@ -230,7 +249,7 @@ def report(results: list[Result], out: Path | None) -> int:
     console.print(_table(results))
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
-        replace_file(out, _markdown(results).encode())
+        replace_file(out, _page(results, out).encode())
         console.print(f"written to {out}")
     bad = [result for result in results if result.problems]
     for result in bad:

@@ -9,7 +9,6 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 OP_FILES = {
-OP_FILES = {
     *("score_keys", "select_topk", "sparse_attention", "verify_attention", "int4_linear"),
     *("add_rms_norm", "rope_write", "silu_mul"),
 }
