@@ -98,8 +98,10 @@ def _int4_linear_row_kernel(
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     g = tl.arange(0, KG)
     word = 4 * tl.arange(0, KU)[:, None] + tl.arange(0, 4)[None, :]
-    words_at = _at_rows(words_ptr, n, K, GROUP)[:, None, None, None]
-    words_at += g[None, :, None, None] * (2 * GROUP) + word[None, None]
+    # Of two dimensions, whose order no version of the compiler changes: lanes lie along columns.
+    k = tl.arange(0, KG * KU * 4)
+    words_at = _at_rows(words_ptr, n, K, GROUP)[:, None]
+    words_at += (k // (GROUP // 8) * (2 * GROUP) + k % (GROUP // 8))[None, :]
     scales_at = scales_ptr + n[:, None] + g[None, :] * stride_scales_g
     input_at = input_ptr + g[:, None, None] * GROUP + word[None]
     acc = tl.zeros([BLOCK_N, KG, KU], tl.float32)
@@ -107,8 +109,11 @@ def _int4_linear_row_kernel(
         live = g0 + g < last
         there = (n < N)[:, None] & live[None, :]
         words = tl.load(
-            words_at + g0 * (2 * GROUP), mask=there[:, :, None, None], other=0
-        )  # [BLOCK_N, KG, KU, 4]
+            words_at + g0 * (2 * GROUP),
+            mask=(n < N)[:, None] & (g0 + k // (GROUP // 8) < last)[None, :],
+            other=0,
+        )
+        words = tl.reshape(words, [BLOCK_N, KG, KU, 4])
         scale, zero = _scale_and_zero(
             tl.load(scales_at + g0 * stride_scales_g, mask=there, other=0)
         )  # [BLOCK_N, KG]
