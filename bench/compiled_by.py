@@ -43,8 +43,9 @@ def differences(kept: str, new: str) -> str:
     lines = [
         "# Kernels that another Triton compiles otherwise",
         "",
-        f"Written by `python -m bench compile` with Triton {version(new)}; no GPU took part. The rest",
-        f"is as [compile.md](compile.md) has it from Triton {version(kept)}, the launch table's.",
+        f"Written by `python -m bench compile` with Triton {version(new)}; no GPU took part.",
+        f"The rest is as [compile.md](compile.md) has it from Triton {version(kept)},",
+        "whose numbers the launch table names.",
         "",
         f"{len(changed)} of {len(before | after)} kernels.",
         "",

@@ -25,7 +25,8 @@ def test_there_are_files_to_run():
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="collected directly")
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_in_the_interpreter(file):
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(file)]
+    # One process a file: importing Triton in two more takes longer than what they would share.
+    command = [sys.executable, "-m", "pytest", "-n0", "-q", "-p", "no:cacheprovider", str(file)]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     run = subprocess.run(
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
