@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from types import MethodType
@@ -32,6 +33,7 @@ from std_decode.model.cache import CACHE, MOST_NEW_TOKENS
 from std_decode.model.selection_rules import plan_selection, visual_tokens
 from std_decode.passes.engine import Engine
 from std_decode.rounds.lockstep import Lockstep
+from std_decode.rounds.lookup import Chances, Lookup
 from std_decode.rounds.rows import Ends, Rows
 from std_decode.rounds.sampling import Chooser, Drafter
 from std_decode.rounds.tensor_parallel import lead, share_random_numbers
@@ -94,10 +96,11 @@ def _sooner(
         workload = _workload(options, input_ids, stats)
         most = engine.promise.rows - 1 if engine.promise.rows else None
         length = options.policy.begin(workload, rows_apart, lead(model), most)
+        lookup = _lookup(model, input_ids, kwargs, length.chances) if length.looks_up else None
         if stats.lockstep_because is not None:
             stats.mode = "lockstep"
             drafter = Drafter(input_ids, processors, criteria, config)
-            rounds = Lockstep(engine, drafter, length)
+            rounds = Lockstep(engine, drafter, length, lookup)
             cache.answer = rounds
             output = plain(
                 input_ids, processors, drafter.criteria, config, False, streamer, **kwargs
@@ -113,7 +116,7 @@ def _sooner(
                 config.do_sample,
                 _noise_window(options, len(input_ids)),
             )
-            decoding = options.decoding(engine, choose, rows, length, streamer)
+            decoding = options.decoding(engine, choose, rows, length, streamer, lookup)
             output = decoding.run(model, input_ids, config, kwargs)
             if _outlives(given, config):
                 decoding.complete_cache(output)
@@ -137,6 +140,18 @@ def _sooner(
         raise
     options.engines.put_back(engine)
     return output
+
+
+def _lookup(model: Any, input_ids: Tensor, kwargs: dict[str, Any], chances: Chances) -> Lookup:
+    """Where this call's rounds may find drafts: in what it is given of the prompt's text."""
+    length, mask = input_ids.shape[1], kwargs.get("attention_mask")
+    no_text = kwargs[CACHE].template._std_decode_visual[:, -length:]
+    # What stands for a picture need not be a token that can be read without one.
+    vocabulary = getattr(model.get_decoder().config, "vocab_size", math.inf)
+    no_text = no_text | (input_ids < 0) | (input_ids >= vocabulary)
+    if mask is not None:
+        no_text |= mask[:, -length:] == 0
+    return Lookup(input_ids, no_text, chances)
 
 
 def _workload(options: Any, input_ids: Tensor, stats: DecodeStats) -> Workload:

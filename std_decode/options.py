@@ -14,7 +14,13 @@ MOST_DRAFTS = 63  # verification takes up to 64 tokens: the pending one and the 
 
 
 def check(
-    top_k_keys: Any, draft_length: Any, reselect: Any, graphs: Any, compile: Any, fused: Any
+    top_k_keys: Any,
+    draft_length: Any,
+    lookup: Any,
+    reselect: Any,
+    graphs: Any,
+    compile: Any,
+    fused: Any,
 ) -> None:
     for name, value in (("top_k_keys", top_k_keys), ("draft_length", draft_length)):
         wanted = "an int" + (' or "auto"' if name == "draft_length" else "")
@@ -31,6 +37,13 @@ def check(
         raise ValueError(
             f"patch: draft_length is {draft_length}, expected 0 <= draft_length <= {MOST_DRAFTS} "
             'or "auto"; 0 decodes densely'
+        )
+    if lookup != "auto" and not isinstance(lookup, bool):
+        raise TypeError(f'patch: prompt_lookup is {lookup!r}, expected "auto", True or False')
+    if lookup is True and draft_length == 0:
+        raise ValueError(
+            "patch: prompt_lookup is True with draft_length 0, expected drafts to look up; give "
+            'draft_length="auto" or at least 1'
         )
     if not isinstance(reselect, bool):
         raise TypeError(f"patch: reselect is {reselect!r}, expected True or False")

@@ -20,6 +20,7 @@ from std_decode.costs.workload import Workload
 from std_decode.model.selection_rules import VisualMask
 from std_decode.model.switch import forget_passes
 from std_decode.passes.pool import Engines
+from std_decode.rounds.lookup_length import COMPILED_LOOKUP_LENGTHS, LOOKUP_LENGTHS
 from std_decode.rounds.loop import Decoding
 from std_decode.rounds.policy import COMPILED_LENGTHS, LENGTHS, FixedLength, Policy
 from std_decode.rounds.tensor_parallel import own_file
@@ -59,6 +60,7 @@ def patch(
     *,
     top_k_keys: int = 1024,
     draft_length: int | Literal["auto"] = "auto",
+    prompt_lookup: Literal["auto"] | bool = "auto",
     reselect: bool = True,
     draft_weights: Literal["int4", "auto"] | None = None,
     draft_weights_cache: str | PathLike[str] | None = None,
@@ -85,6 +87,12 @@ def patch(
         draft_length: tokens drafted a round (gamma), 0 to 63; 0 decodes densely. "auto" chooses
             for each round, by what passes have taken and how many drafts were accepted: none where
             drafting does not pay. The first steps of the first call are dense, to be timed.
+        prompt_lookup: whether a round may draft what followed the newest tokens where they stood
+            before, in the row's prompt or answer, instead of what sparse attention says. Such
+            drafts cost no passes of their own. "auto": where `draft_length` is "auto", whenever
+            that promises more; a fixed length drafts with sparse attention alone. True: with a
+            fixed length too, whenever every row finds something. False: never. Greedy or sampled,
+            the tokens are the same.
         reselect: whether each verification renews the selection, or the prompt's is kept.
         draft_weights: what drafts read of the text decoder's linear layers and the LM head: None,
             the model's own weights; "int4", 4-bit copies in groups of 128 that are made here and
@@ -139,7 +147,9 @@ def patch(
         are then fed a few tokens each. Source: Zhang et al., Sparse-to-Dense, ACL 2025, doi
         10.18653/v1/2025.acl-short.59; re-selection from verification is an addition.
     """
-    options.check(top_k_keys, draft_length, reselect, cuda_graphs, compile, fused_layers)
+    options.check(
+        top_k_keys, draft_length, prompt_lookup, reselect, cuda_graphs, compile, fused_layers
+    )
     options.check_visual(visual_token_ids, visual_mask)
     options.check_reproducible(reproducible, draft_length)
     weights.check(draft_weights, draft_weights_cache)
@@ -162,7 +172,7 @@ def patch(
             own,
             tried,
             top_k_keys,
-            _policy(draft_length, compile),
+            _policy(draft_length, prompt_lookup, compile),
             reselect,
             visual_token_ids,
             visual_mask,
@@ -270,10 +280,14 @@ def _promises(
     return promises
 
 
-def _policy(draft_length: int | Literal["auto"], compiles: bool) -> Policy | FixedLength:
+def _policy(
+    draft_length: int | Literal["auto"], lookup: Literal["auto"] | bool, compiles: bool
+) -> Policy | FixedLength:
     if draft_length != "auto":
-        return FixedLength(draft_length)
-    return Policy(COMPILED_LENGTHS if compiles else LENGTHS)
+        return FixedLength(draft_length, looks_up=lookup is True)
+    if compiles:
+        return Policy(COMPILED_LENGTHS, COMPILED_LOOKUP_LENGTHS if lookup else ())
+    return Policy(LENGTHS, LOOKUP_LENGTHS if lookup else ())
 
 
 def _unwrapped(model: Any) -> Any:

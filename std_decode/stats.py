@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -34,6 +34,8 @@ class DecodeStats:
         rounds: dense verification passes that followed a draft.
         drafted: draft tokens proposed, summed over the rows that were not finished.
         accepted: draft tokens that were emitted, summed over the same rows.
+        lookup_rounds, lookup_drafted, lookup_accepted: rounds whose drafts were looked up in the
+            text, and those of `drafted` and `accepted` that were.
         emitted: tokens emitted, summed over rows, each up to its own end.
         acceptance_rate: accepted / drafted, 0 where nothing was drafted.
         mean_accepted_length: tokens of a row per dense pass after prefill (1 to
@@ -75,6 +77,9 @@ class DecodeStats:
     rounds: int = 0
     drafted: int = 0
     accepted: int = 0
+    lookup_rounds: int = 0
+    lookup_drafted: int = 0
+    lookup_accepted: int = 0
     emitted: int = 0
     acceptance_rate: float = 0.0
     mean_accepted_length: float = 0.0
@@ -95,6 +100,16 @@ class DecodeStats:
     kv_cache_bytes: int = 0
     workspace_bytes: int = 0
     peak_memory_bytes: int = 0
+
+    def count(self, drafted: Iterable[int], accepted: Iterable[int], looked_up: bool) -> None:
+        """Count a round's drafts, and those of them that were emitted, by row."""
+        proposed, emitted = sum(drafted), sum(accepted)
+        self.drafted += proposed
+        self.accepted += emitted
+        if looked_up:
+            self.lookup_rounds += 1
+            self.lookup_drafted += proposed
+            self.lookup_accepted += emitted
 
     def settle(self, steps: int, passes: int) -> None:
         """Work out the ratios of a call that took `passes` dense passes for `steps` tokens."""
@@ -122,6 +137,9 @@ class DecodeStats:
         because = f": {self.fused_layers_because}" if self.fused_layers_because else ""
         return f"{self.fused_layers}{because}"
 
+    def _looked_up(self) -> str:
+        return f"{self.lookup_drafted} / {self.lookup_accepted} in {self.lookup_rounds} rounds"
+
     def __str__(self) -> str:
         if self.fallback is not None:
             return f"ran as unpatched: {self.fallback}"
@@ -137,6 +155,7 @@ class DecodeStats:
             ("tokens emitted", self.emitted),
             ("rounds", self.rounds),
             ("drafted / accepted", f"{self.drafted} / {self.accepted}"),
+            *([("of these looked up", self._looked_up())] if self.lookup_rounds else []),
             ("acceptance rate", f"{self.acceptance_rate:.1%}"),
             ("tokens per dense pass", f"{self.mean_accepted_length:.2f}"),
             *((f"{s} (x{self.calls[s]})", f"{self.seconds[s]:.3f} s") for s in STAGES),

@@ -194,3 +194,6 @@ def add_drafting(table: Table, stats: DecodeStats) -> None:
     table.add_row("tokens per dense pass", *blank, f"{stats.mean_accepted_length:.2f}")
     rate = f"{stats.acceptance_rate:.1%}" if stats.drafted else "-"
     table.add_row("acceptance rate", *blank, rate)
+    if stats.lookup_rounds:
+        looked_up = f"{stats.lookup_accepted} of {stats.lookup_drafted}"
+        table.add_row("looked up and kept", *blank, looked_up)

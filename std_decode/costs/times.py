@@ -22,12 +22,14 @@ class Times:
         dense: of a dense step, with all that comes with it.
         draft: of one draft step.
         verify: of a round less its draft steps, by the number of tokens that it verified.
+        looked_up: of a round whose drafts were looked up, which renews no selection, likewise.
         steps, strains: dense steps that were timed, and the sum of what each took in medians.
     """
 
     dense: deque[float] = field(default_factory=lambda: deque(maxlen=5))
     draft: deque[float] = field(default_factory=lambda: deque(maxlen=9))
     verify: dict[int, deque[float]] = field(default_factory=dict)
+    looked_up: dict[int, deque[float]] = field(default_factory=dict)
     steps: float = UNSTRAINED
     strains: float = UNSTRAINED
 
@@ -41,11 +43,16 @@ class Times:
         self.steps = UNSTRAINED + LATELY * (self.steps - UNSTRAINED) + 1
         self.strains = UNSTRAINED + LATELY * (self.strains - UNSTRAINED) + medians
 
-    def verify_seconds(self, numbers: Sequence[int]) -> list[float]:
-        """Of rounds that verify so many tokens each."""
+    def verify_seconds(self, numbers: Sequence[int], looked_up: bool = False) -> list[float]:
+        """Of rounds that verify so many tokens each.
+
+        Args:
+            looked_up: whether their drafts are. Until such rounds were timed, others tell.
+        """
         dense = median(self.dense)
+        kinds = (self.verify, self.looked_up) if looked_up else (self.verify,)
         # Copies: calls in other threads learn into the same.
-        copies = {count: list(seconds) for count, seconds in list(self.verify.items())}
+        copies = {count: list(seconds) for kind in kinds for count, seconds in list(kind.items())}
         known = {count: median(seconds) for count, seconds in copies.items() if seconds}
         return [self._verify_seconds(tokens, dense, known) for tokens in numbers]
 
@@ -66,10 +73,12 @@ class Times:
         """Know nothing of rounds with drafts."""
         self.draft.clear()
         self.verify.clear()
+        self.looked_up.clear()
 
     def slow_drafts(self, factor: float) -> None:
         """Take rounds with drafts to take so many times as long."""
-        for times in (self.draft, *list(self.verify.values())):
+        rounds = (*list(self.verify.values()), *list(self.looked_up.values()))
+        for times in (self.draft, *rounds):
             slowed = [factor * seconds for seconds in list(times)]
             times.clear()
             times.extend(slowed)
@@ -82,12 +91,14 @@ class Round(NamedTuple):
         gamma: that it drafted.
         draft, rest: seconds of all draft steps, and of everything else.
         tokens: that a row got, on average.
+        looked_up: whether its drafts were.
     """
 
     gamma: int
     draft: float
     rest: float
     tokens: float
+    looked_up: bool = False
 
 
 def odd(seconds: float, expected: float) -> bool:

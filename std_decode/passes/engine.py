@@ -194,18 +194,44 @@ class Engine:
             The pending token and the drafts after it, ``[B, gamma + 1]``, and the dense model's
             logits after each of them, ``[B, gamma + 1, V]``.
         """
-        if self.cache.reserve(max(gamma + 1, self.promise.rows)) and self.graphs is not None:
-            self.graphs.clear()
+        self.reserve(gamma + 1)
         tokens = pending
         if gamma:
             tokens = self.draft(pending, positions, gamma, choose, shared)
-        logits = self.verify(tokens, positions, shared)
+        logits = self.verify(tokens, positions, shared, self.reselects and gamma > 0)
         if gamma:
-            self.stats.rounds += 1
-            self.stats.draft_lengths.append(gamma)
+            self.count_round(gamma)
             if self.reselects and self.selection is not None:
                 self.select(self.selection)
         return tokens, logits
+
+    def verify_looked_up(
+        self, tokens: Tensor, positions: Tensor, shared: dict[str, Any]
+    ) -> Tensor:
+        """A round whose drafts the model had no part in.
+
+        The selection stays: no draft step has told the log-sum-exp that scores are relative to.
+
+        Args:
+            tokens: the pending token and the drafts after it, ``[B, gamma + 1]``.
+            positions: theirs, ``[..., B, gamma + 1]``.
+
+        Returns:
+            The dense model's logits after each of them, ``[B, gamma + 1, V]``.
+        """
+        self.reserve(tokens.shape[1])
+        logits = self.verify(tokens, positions, shared)
+        self.count_round(tokens.shape[1] - 1)
+        return logits
+
+    def reserve(self, tokens: int) -> None:
+        """Make room for a pass over so many tokens of each row."""
+        if self.cache.reserve(max(tokens, self.promise.rows)) and self.graphs is not None:
+            self.graphs.clear()
+
+    def count_round(self, gamma: int) -> None:
+        self.stats.rounds += 1
+        self.stats.draft_lengths.append(gamma)
 
     def draft(
         self,
@@ -226,12 +252,16 @@ class Engine:
         self.cache.ahead.zero_()
         return torch.cat(tokens, dim=1)
 
-    def verify(self, tokens: Tensor, positions: Tensor, shared: dict[str, Any]) -> Tensor:
-        """The dense model's logits after each of the tokens, ``[B, T, V]``."""
-        drafted = tokens.shape[1] > 1
-        with self.clock.timed("verify" if drafted else "dense"):
-            padded = self.pad(tokens, positions)
-            logits = self.step("verify", *padded, shared, self.reselects and drafted)
+    def verify(
+        self, tokens: Tensor, positions: Tensor, shared: dict[str, Any], scored: bool = False
+    ) -> Tensor:
+        """The dense model's logits after each of the tokens, ``[B, T, V]``.
+
+        Args:
+            scored: whether the importance of the prompt's keys is renewed.
+        """
+        with self.clock.timed("verify" if tokens.shape[1] > 1 else "dense"):
+            logits = self.step("verify", *self.pad(tokens, positions), shared, scored)
         return logits[:, : tokens.shape[1]]
 
     def read(self, tokens: Tensor, positions: Tensor, shared: dict[str, Any]) -> None:

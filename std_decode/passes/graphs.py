@@ -20,9 +20,10 @@ from torch import Tensor
 
 T = TypeVar("T")
 
-# Live at a time, of one engine: draft, dense step, and a verification for each of policy.LENGTHS,
-# with some room for variants. A graph that is dropped too early is captured again and again.
-MOST_GRAPHS = 16
+# Live at a time, of one engine: draft, dense step, and a verification for each of policy.LENGTHS
+# and of LOOKUP_LENGTHS, with some room for variants. A graph that is dropped too early is captured
+# again and again.
+MOST_GRAPHS = 21
 
 
 # Why captures are over for this process: one failed and could not be undone. None where none did.

@@ -9,6 +9,9 @@ One rule chooses draft and dense tokens alike, greedy or sampled: the same proce
 sampling the same random numbers, each belonging to one step of one row. So rows need not wait for
 each other (ragged mode): each advances by its own acceptance. Where code of the caller's has to
 see every step of the whole batch, lockstep.py does it instead.
+
+Drafts may come from elsewhere (lookup.py): what is compared with the dense choices is a token,
+whoever proposed it.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ import torch
 from torch import Tensor
 
 from std_decode.passes.engine import Engine, shared_inputs, spoiled
+from std_decode.rounds.lookup import Lookup
 from std_decode.rounds.policy import DraftLength, FixedLength
 from std_decode.rounds.rows import MOST_TOKENS_PER_PASS, Rows
 from std_decode.rounds.sampling import Chooser
@@ -34,6 +38,7 @@ class Decoding:
         rows: the prompt, and when its rows end.
         length: how many tokens each round drafts.
         streamer: gets each token once it is known; only with a single row.
+        lookup: where rounds may find drafts in the text; None: nowhere.
     """
 
     def __init__(
@@ -43,12 +48,14 @@ class Decoding:
         rows: Rows,
         length: DraftLength | FixedLength,
         streamer: Any = None,
+        lookup: Lookup | None = None,
     ):
         self.engine, self.choose, self.rows = engine, choose, rows
-        self.length, self.streamer = length, streamer
+        self.length, self.streamer, self.lookup = length, streamer, lookup
         self.step_limit = 0  # that the rows may come to in this round
         self.row_passes = 0  # dense passes after prefill, once for each row that went on
         self.spoiled = False  # whether a row got nothing, see `accept`
+        self.chosen: list[list[int]] = []  # the dense choices of the round, by step and row
 
     def run(self, model: Any, input_ids: Tensor, config: Any, kwargs: dict[str, Any]) -> Tensor:
         """Generate; the arguments are those of a transformers model's ``_sample``.
@@ -82,23 +89,50 @@ class Decoding:
         rows, cache = self.rows, self.engine.cache
         going, before, spent = rows.going(), time.perf_counter(), self.engine.spent()
         again = self.spoiled
-        gamma = 0 if again else self.length.choose(going)
+        found = None if self.lookup is None else self.lookup.found(going)
+        gamma = 0 if again else self.length.choose(going, found)
+        looks_up, gamma = gamma < 0, abs(gamma)
         if self.engine.graphs is None:  # with graphs shapes repeat, and drafts too many are cut
             gamma = max(0, min(gamma, rows.most_steps_left() - 1))
+        looks_up = looks_up and gamma > 0
         self.row_passes += len(going)
-        self.engine.stats.drafted += gamma * len(going)
         self.begin_round(gamma)
-        tokens, logits = self.engine.draft_and_verify(
-            rows.pending(), self.positions(gamma + 1), gamma, self.draft, self.shared
-        )
-        given, own, agreed = self.accept(tokens[:, 1:], logits)
+        proposed = self.look_up(going, gamma) if looks_up else self.sparse(going, gamma)
+        drafted, drafts, logits = proposed
+        given, own, agreed = self.accept(drafts, logits)
+        self.engine.stats.count(drafted, map(min, drafted, agreed, own), looks_up)
         cache.advance(given, cache.prompt + max(rows.at) - 1)
         drafting, _, first_use = (now - then for now, then in zip(self.engine.spent(), spent))
         rest = time.perf_counter() - before - drafting
         gained = sum(own[row] for row in going) / len(going)
         right = {row: agreed[row] for row in going}
         if not again:
+            gamma = -gamma if looks_up else gamma
             self.length.observe(gamma, right, drafting, rest, gained, first_use > 0)
+
+    def sparse(self, going: list[int], gamma: int) -> tuple[list[int], Tensor, Tensor]:
+        """Drafts of the model's own, verified.
+
+        Returns:
+            How many drafts each row has, ``[B]``; these, ``[B, gamma]``; and the dense logits as
+            of `accept`.
+        """
+        tokens, logits = self.engine.draft_and_verify(
+            self.rows.pending(), self.positions(gamma + 1), gamma, self.draft, self.shared
+        )
+        drafted = [gamma if row in going else 0 for row in range(len(tokens))]
+        return drafted, tokens[:, 1:], logits
+
+    def look_up(self, going: list[int], gamma: int) -> tuple[list[int], Tensor, Tensor]:
+        """The same of what was found in the text; behind a row's drafts are any tokens."""
+        assert self.lookup is not None
+        rows, found = self.rows, self.lookup.drafts(going, gamma)
+        drafts = self.lookup.tensor(found, gamma, rows.text.device)
+        rows.write(drafts)
+        tokens = torch.cat([rows.pending(), drafts], dim=1)
+        positions = self.positions(gamma + 1)
+        logits = self.engine.verify_looked_up(tokens, positions, self.shared)
+        return list(map(len, found)), drafts, logits
 
     def begin_round(self, gamma: int) -> None:
         """Make room for a round's tokens, and foresee the random numbers of its drafts."""
@@ -138,7 +172,9 @@ class Decoding:
         self.spoiled = any(agreed[row] < 0 for row in rows.going())
         agreed = [max(0, count) for count in agreed]
         stats.emitted += sum(own)
-        stats.accepted += sum(map(min, agreed, own))
+        if self.lookup is not None:
+            for row, (at, now) in enumerate(zip(before, rows.at)):
+                self.lookup.extend(row, [tokens[row] for tokens in self.chosen[: now - at]])
         if self.streamer is not None:
             for token in rows.text[0, rows.prompt + before[0] : rows.prompt + rows.at[0]].cpu():
                 self.streamer.put(token[None])
@@ -177,10 +213,11 @@ class Decoding:
         given, kept = rows.keep(chosen, agreeing, self.step_limit)
         if undefined is not None:
             undefined = (undefined & (rows.ahead[: chosen.shape[1]] < given[:, None])).sum(dim=1)
-        own, agreed, *unusable = rows.read(
-            kept, agreeing, *([] if undefined is None else [undefined])
-        )
-        return given, own, agreed, any(map(any, unusable))
+        unusable = [] if undefined is None else [undefined]
+        known = [] if self.lookup is None else chosen.unbind(1)
+        own, agreed, *more = rows.read(kept, agreeing, *unusable, *known)
+        self.chosen = more[len(unusable) :]
+        return given, own, agreed, any(map(any, more[: len(unusable)]))
 
     def positions(self, count: int) -> Tensor:
         """Position ids of each row's pending token and those after it, ``[..., B, count]``."""

@@ -1,4 +1,4 @@
-"""How many tokens a round drafts: `DraftLength` weighs it up from what passes took.
+"""How many tokens a round drafts, and from where: `DraftLength` weighs up what passes took.
 
 It goes by how many drafts agreed, too, and does without drafts where they lose. What a round
 drafts never changes the tokens, only the time.
@@ -14,6 +14,8 @@ from typing import Any
 
 from std_decode.costs.times import UNSTRAINED, Round, Times, odd
 from std_decode.costs.workload import Device, Workload, expected_tokens
+from std_decode.rounds.lookup import Chances, Found
+from std_decode.rounds.lookup_length import LOOKUP_LENGTHS, LookupLength
 
 # The draft lengths that are tried. Each is a shape of its own to capture, and the best of these is
 # never far behind the best of all.
@@ -44,16 +46,21 @@ PAUSE = 64  # dense steps between two trials at first; twice as many after each
 
 
 class FixedLength:
-    """A policy that always drafts as many tokens, and the same for one generate call."""
+    """A policy that always drafts as many tokens, and the same for one generate call.
 
-    def __init__(self, gamma: int):
-        self.most = self.gamma = gamma
+    Args:
+        looks_up: whether they are looked up where every row finds some.
+    """
+
+    def __init__(self, gamma: int, looks_up: bool = False):
+        self.most = self.most_looked_up = self.gamma = gamma
+        self.looks_up, self.chances = looks_up, Chances()
 
     def begin(self, *call: Any) -> FixedLength:
         return self
 
-    def choose(self, rows: Sequence[int]) -> int:
-        return self.gamma
+    def choose(self, rows: Sequence[int], found: Found | None = None) -> int:
+        return -self.gamma if found is not None and found.everywhere else self.gamma
 
     def observe(self, *measured: Any) -> None:
         pass
@@ -67,11 +74,15 @@ class Policy:
 
     Args:
         lengths: that may be chosen, besides none.
+        lookup_lengths: those of looked-up drafts; () for no look-ups.
     """
 
-    def __init__(self, lengths: Sequence[int] = LENGTHS):
-        self.lengths = tuple(lengths)
+    def __init__(
+        self, lengths: Sequence[int] = LENGTHS, lookup_lengths: Sequence[int] = LOOKUP_LENGTHS
+    ):
+        self.lengths, self.lookup_lengths = tuple(lengths), tuple(lookup_lengths)
         self.most = max(lengths)
+        self.chances = Chances()
         self.times: dict[tuple[int, int, int | None], Times] = {}
         self.draft_times: dict[int, deque[float]] = {}
         self.acceptance = SUPPOSED
@@ -100,8 +111,12 @@ class Policy:
         times.draft = self.draft_times.setdefault(batch, times.draft)
         memory_bound = Device(1.0, float("inf"))
         ratio = workload.draft_seconds(memory_bound) / workload.dense_seconds(memory_bound)
-        lengths = [gamma for gamma in self.lengths if most is None or gamma <= most]
-        return DraftLength(self, times, rows, ratio, settle, lengths)
+        lengths, lookup_lengths = (
+            [gamma for gamma in all_lengths if most is None or gamma <= most]
+            for all_lengths in (self.lengths, self.lookup_lengths)
+        )
+        lookup = LookupLength(times, lookup_lengths)
+        return DraftLength(self, times, rows, ratio, settle, lengths, lookup)
 
 
 class DraftLength:
@@ -109,7 +124,8 @@ class DraftLength:
 
     The first few steps are dense, unless such steps have been timed before. Then each
     round drafts as many tokens as promise the most tokens a second, or none. Where drafts seem to
-    lose they are tried again, rarely, as long as all such trials together cost little.
+    lose they are tried again, rarely, as long as all such trials together cost little. Where what
+    was looked up promises more than either, that is what a round drafts.
 
     Other work on the machine slows passes, and not all kinds alike, so drafts are weighed against
     dense steps of about the same moment: some are timed in between, one at once after a round that
@@ -124,13 +140,16 @@ class DraftLength:
         draft_ratio: float,
         settle: Callable[[int], int],
         lengths: Sequence[int],
+        lookup: LookupLength,
     ):
         self.policy, self.times, self.settle = policy, times, settle
-        self.lengths = lengths  # that may be chosen, besides none
+        self.lengths, self.lookup = lengths, lookup  # that may be chosen, besides none
+        self.looks_up, self.chances = bool(lookup.lengths), policy.chances.copy()
+        self.most_looked_up = max(lookup.lengths, default=0)
         self.draft_ratio = draft_ratio
         self.agreed = [SUPPOSED_DRAFTS * policy.acceptance] * rows
         self.tried = [SUPPOSED_DRAFTS] * rows
-        self.length = 0  # of the newest round
+        self.length = 0  # of the newest round, but for those that were looked up
         # Rounds; what an earlier call timed is soon timed again.
         self.since_dense = REFRESH - SOON if times.dense else 0
         self.steps = 0.0  # tokens a row has got,
@@ -143,19 +162,54 @@ class DraftLength:
         self.next_trial, self.pause = float(FIRST), float(PAUSE)
         self.trying = False
         self.next_look = 0.0
+        self.measuring, self.promised = False, 1.0  # see `_draft_length`
 
-    def choose(self, rows: Sequence[int]) -> int:
-        """Tokens to draft in the next round; `rows` are those that still need tokens."""
-        self.trying = False
+    def choose(self, rows: Sequence[int], found: Found | None = None) -> int:
+        """What to draft in the next round.
+
+        Args:
+            rows: that still need tokens.
+            found: what these have looked up, if anything.
+
+        Returns:
+            How many tokens the model is to draft; negative: so many, of what was looked up.
+        """
+        gamma = self._draft_length(rows)
+        if found is not None and not self.measuring and not self.trying:
+            count, worth = self.lookup.best(
+                found, self.steps, self.hiccups / self.rounds, self._payable(), self._risk()
+            )
+            if count and worth > WORTH * self.promised:
+                # What is never drafted is never found to be better than was thought.
+                self.trying = gamma > 0 and self.steps >= self.next_trial
+                gamma = gamma if self.trying else -count
+        return self.settle(gamma)
+
+    def _draft_length(self, rows: Sequence[int]) -> int:
+        """Tokens for the model to draft.
+
+        Notes whether that is to time a dense step, and how many tokens it promises in the time of
+        one.
+        """
+        self.trying, self.promised = False, 1.0
         newest = list(self.times.dense)[-FEW:]
         alike = len(newest) == FEW and max(newest) <= ALIKE * min(newest)
         measure = len(newest) < FEW or self.since_dense >= (REFRESH if alike else SOON)
-        if measure or self.doubted_dense is not None or self.steps < self.next_look:
-            return self.settle(0)
+        self.measuring = measure or self.doubted_dense is not None
+        if self.measuring or self.steps < self.next_look:
+            return 0
         best = self._best(rows)
         if best == 0:  # little is learnt from a dense step, and to weigh up takes time
             self.next_look = self.steps + LOOK
-        return self.settle(best)
+        return best
+
+    def _risk(self) -> float:
+        """Dense steps' worth that may be lost by trying drafts out."""
+        return max(RISK * self.steps, ONE_ROUND)
+
+    def _payable(self) -> float:
+        """Dense steps' worth that a round may take which could be paid for if no draft agreed."""
+        return self._risk() - self.behind + 1
 
     def _best(self, rows: Sequence[int]) -> int:
         dense, lengths = median(self.times.dense), self._within_reach()
@@ -164,11 +218,10 @@ class DraftLength:
         worth = {g: self._tokens(g, rows) / cost[g] for g in cost} | {0: 1.0}
         if self.length in worth:
             worth[self.length] *= WORTH  # do not waver
-        allowed = max(RISK * self.steps, ONE_ROUND)
-        # Those that could be paid for if no draft agreed.
-        paid = [g for g in lengths if self.behind + cost[g] - 1 <= allowed]
+        paid = [g for g in lengths if cost[g] <= self._payable()]
         best = max((0, *paid), key=lambda g: worth[g])
         if best:
+            self.promised = worth[best]
             return best
         if self.steps < self.next_trial or not paid:
             return 0
@@ -220,15 +273,18 @@ class DraftLength:
         """Learn from a round.
 
         Args:
-            gamma: what it drafted.
+            gamma: what it drafted; negative where that was looked up.
             agreed: by row, how many drafts agreed.
             draft, rest: seconds of all draft steps, and of everything else.
             tokens: that a row got, on average.
             first_use: whether something was compiled or captured in between, so that the seconds
                 tell nothing of rounds to come.
         """
-        self.length, self.since_dense = gamma, self.since_dense + 1
-        self.steps += tokens
+        self.since_dense, self.steps = self.since_dense + 1, self.steps + tokens
+        if gamma < 0:
+            self._learn_looked_up(Round(-gamma, 0.0, rest, tokens, looked_up=True), first_use)
+            return
+        self.length = gamma
         if gamma == 0:
             self.since_dense = 0
             keep = STALE if min(self.tried) > FAINT else 1.0
@@ -284,6 +340,9 @@ class DraftLength:
         if self.doubted is not None:
             doubted, self.doubted = self.doubted, None
             self._learn(doubted)
+        if self.lookup.doubted is not None:
+            doubted, self.lookup.doubted = self.lookup.doubted, None
+            self._learn_looked_up(doubted)
 
     def _odd(self, round: Round) -> tuple[bool, bool]:
         """Whether its drafts, and what else it did, took what they should not.
@@ -299,10 +358,8 @@ class DraftLength:
         before, self.doubted = self.doubted, None
         draft, rest = self._odd(round)
         if not rest and not (draft and self.times.draft):
-            if before is not None:  # something else went on, which may be so again
-                lost = max(0.0, self._lost(before))
-                self.hiccups += lost
-                self.behind = max(self.behind, min(0.0, self.behind + lost))
+            if before is not None:
+                self._got_in_between(before)
                 self.times.draft.append(before.draft / before.gamma)
             self._time(round)
         elif before is not None:
@@ -316,7 +373,35 @@ class DraftLength:
             if not stalled:  # a dense step tells whether it is the machine
                 self.since_dense = REFRESH
 
+    def _learn_looked_up(self, round: Round, first_use: bool = False) -> None:
+        lookup = self.lookup
+        if not self.times.dense:
+            return
+        if first_use:
+            self._bill(round._replace(rest=lookup.seconds([round.gamma])[0]))
+            return
+        slow = lookup.is_slow(round)
+        before, lookup.doubted = lookup.doubted, None
+        if slow and before is None:
+            lookup.doubted = round
+            self.since_dense = REFRESH  # a dense step tells whether it is the machine
+            return
+        if before is not None:
+            believe = self._time if slow else self._got_in_between
+            believe(before)
+        self._time(round)
+
+    def _got_in_between(self, round: Round) -> None:
+        """Something else went on in that round, which may be so again."""
+        lost = max(0.0, self._lost(round))
+        self.hiccups += lost
+        self.behind = max(self.behind, min(0.0, self.behind + lost))
+
     def _time(self, round: Round) -> None:
+        if round.looked_up:
+            self.lookup.time(round, self.steps)
+            self._bill(round)
+            return
         times = self.times
         times.draft.append(round.draft / round.gamma)
         times.verify.setdefault(round.gamma + 1, deque(maxlen=5)).append(round.rest)
@@ -331,11 +416,14 @@ class DraftLength:
         if self.times.dense:
             lost = self._lost(round) + self.hiccups / self.rounds
             # Of what a stalled round took too long, no more is held against those to come.
-            most = CREDIT + max(RISK * self.steps, ONE_ROUND)
+            most = CREDIT + self._risk()
             self.behind = max(min(self.behind + lost, most), -CREDIT)
+            if round.looked_up:
+                self.lookup.behind = max(min(self.lookup.behind + lost, most), -CREDIT)
             self.rounds += 1
 
     def end(self) -> None:
         """Leave to the next call what was learnt of the acceptance, and what may be lost yet."""
         self.policy.acceptance = sum(self.agreed) / sum(self.tried)
+        self.policy.chances = self.chances
         self.policy.behind = max(-CREDIT, min(0.0, self.behind - RISK * self.steps))

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 from transformers.generation import logits_process
 
+from std_decode.rounds.lookup import Lookup
 from std_decode.rounds.noise import Noise, upcoming_noise
 from std_decode.rounds.processors import DraftProcessors
 from std_decode.rounds.rows import Rows
@@ -184,7 +185,7 @@ class Drafter:
         self.input_ids = input_ids
         self.active = torch.ones(len(input_ids), dtype=torch.bool, device=input_ids.device)
         self.was_active = self.active
-        self.steps = 0
+        self.steps = self.told = 0
         self.emitted = self.drafted = torch.zeros((), dtype=torch.int64, device=input_ids.device)
 
     def _watch(self, input_ids: Tensor, ended: Tensor) -> None:
@@ -195,6 +196,27 @@ class Drafter:
 
     def steps_left(self) -> int:
         return self.max_length - self.input_ids.shape[1]
+
+    def tell(self, lookup: Lookup) -> list[int]:
+        """Have `lookup` know the tokens so far; the host waits for them.
+
+        Returns:
+            The rows that go on; those that have ended and go on as padding are told no more.
+        """
+        newest = self.input_ids[:, self.input_ids.shape[1] - (self.steps - self.told) :]
+        goes_on = self.active if self.ends is not None else torch.ones_like(self.active)
+        told = torch.cat([goes_on[:, None].long(), newest], dim=1).tolist()
+        self.told = self.steps
+        going = [row for row, (goes_on, *_) in enumerate(told) if goes_on]
+        for row in going:
+            lookup.extend(row, told[row][1:])
+        return going
+
+    def padded(self, drafts: Tensor) -> Tensor:
+        """Drafts ``[B, gamma]`` with those of rows that have ended as generate has them."""
+        if self.ends is None:
+            return drafts
+        return torch.where(self.active[:, None], drafts, self.pad.to(drafts.device))
 
     def start(self, gamma: int) -> Callable[[Tensor, int], Tensor]:
         """Begin a round after the newest token of `input_ids`.

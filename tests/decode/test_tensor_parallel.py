@@ -42,7 +42,7 @@ SCRIPT = """
             layers=stats.twinned_layers, bytes=stats.draft_weight_bytes,
         )
     # Each rank would like drafts of another length.
-    DraftLength.choose = lambda self, rows: self.settle(2 + dist.get_rank())
+    DraftLength.choose = lambda self, rows, found=None: self.settle(2 + dist.get_rank())
     with std_decode.patched(model, top_k_keys=1000):
         tokens = model.generate(ids, max_new_tokens=24, do_sample=False)
         lengths = std_decode.last_stats(model).draft_lengths
@@ -131,7 +131,11 @@ FAMILY = """
         liking, found = random.Random(place.rank), {}
         for length in ("auto", "random", 4):
             if length == "random":
-                DraftLength.choose = lambda self, rows: self.settle(liking.randrange(6))
+                def choose(self, rows, found=None):
+                    gamma = liking.randrange(6)
+                    return self.settle(-gamma if found and liking.randrange(2) else gamma)
+
+                DraftLength.choose = choose
             for sample in (False, True):
                 for mode in ("ragged", "lockstep"):
                     criteria = dict(stopping_criteria=[Never()] if mode == "lockstep" else [])

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import std_decode
+from std_decode.rounds.lookup import Found, Lookup
 from tests.decode.conftest import make_case  # noqa: F401
 from tests.decode.families import base
 from tests.pretend_gpu.ledger import ledger
@@ -63,6 +64,25 @@ def test_the_host_waits_once_a_round_and_copies_nothing(on_gpu, family, rows, do
     assert many[0] - few[0] >= 6
     assert many[1] - few[1] == many[0] - few[0], ledger.syncs
     assert many[2] == few[2], ledger.copies
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_look_ups_cost_a_copy_and_no_wait(on_gpu, monkeypatch, rows):
+    """The host gets the tokens with what it reads anyway."""
+
+    def find(lookup, rows, count):  # what the model would draft is not at hand: any token
+        return [[7] * count if row in rows else [] for row in range(len(lookup.texts))]
+
+    monkeypatch.setattr(Lookup, "found", lambda self, rows: Found([8], self.chances))
+    monkeypatch.setattr(Lookup, "drafts", find)
+    case = on_gpu("llama", rows, prompt_lookup=True)
+    few, many = counted(case, 11), counted(case, 41)
+    stats = std_decode.last_stats(case.model)
+    assert stats.lookup_rounds == stats.rounds == many[0]
+    more = many[0] - few[0]
+    assert more >= 20 and many[1] - few[1] == more, ledger.syncs
+    assert many[2] - few[2] == more, ledger.copies
+    assert {direction for direction, *_ in ledger.copies} <= {"h2d", "d2h"}
 
 
 def launches(on_gpu, monkeypatch, family, layers, **options):

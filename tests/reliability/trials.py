@@ -57,7 +57,7 @@ class Trial:
         captured: whether passes are captured and replayed (by the stand-in of recorder.py).
         small: whether buffers begin small, so that they have to grow in mid-answer.
         calls: one after the other, the second with another text and no new seed.
-        reproducible: as `patch` has it.
+        reproducible, prompt_lookup: as `patch` has them.
     """
 
     family: str
@@ -83,6 +83,7 @@ class Trial:
     seed: int
     dtype: str = "float32"
     reproducible: Any = "auto"
+    prompt_lookup: Any = "auto"
 
 
 # One to vary by hand.
@@ -210,6 +211,7 @@ def trials(draw: Any, dtype: str = "float32") -> Trial:
         seed=draw(st.integers(0, 2**16)),
         dtype=dtype,
         reproducible=reproducible,
+        prompt_lookup=draw(st.sampled_from(("auto", True, True))),
     )
 
 
@@ -312,12 +314,13 @@ def _one_size(trial: Trial) -> tuple[list[list[int]], dict[str, Tensor]]:
 class Schedule(FixedLength):
     """Another draft length each round."""
 
-    def __init__(self, seed: int, most: int):
-        super().__init__(most)
+    def __init__(self, seed: int, most: int, looks_up: bool):
+        super().__init__(most, looks_up)
         self.random = random.Random(seed)
 
-    def choose(self, rows: Any) -> int:
-        return self.random.randint(0, self.most)
+    def choose(self, rows: Any, found: Any = None) -> int:
+        gamma = self.random.randint(0, self.most)
+        return -gamma if found is not None and self.random.random() < 0.7 else gamma
 
 
 class Listens(StoppingCriteria):
@@ -473,6 +476,7 @@ def _patched(trial: Trial, model: Any, prompts: list, options: dict) -> tuple[li
         reselect=trial.reselect,
         draft_weights=trial.draft_weights,
         reproducible=trial.reproducible,
+        prompt_lookup=trial.prompt_lookup if trial.most_drafts else "auto",
     )
     if trial.family in TEXTUAL:
         patch["visual_token_ids"] = [VIDEO, IMAGE]
@@ -482,7 +486,9 @@ def _patched(trial: Trial, model: Any, prompts: list, options: dict) -> tuple[li
             model.generate(**prompts[0], max_new_tokens=1, pad_token_id=PAD)
         stack.enter_context(surroundings(trial))
         if trial.schedule is not None:
-            model._std_decode.policy = Schedule(trial.schedule, int(trial.most_drafts))
+            model._std_decode.policy = Schedule(
+                trial.schedule, int(trial.most_drafts), trial.prompt_lookup is True
+            )
         torch.manual_seed(trial.seed)
         for inputs in prompts:
             outputs.append(_generate(model, inputs, options, trial.watched))

@@ -132,7 +132,7 @@ def every_length(monkeypatch):
         plain(self, *args)
         self.turn = 0
 
-    def choose(self, rows):
+    def choose(self, rows, found=None):
         self.turn += 1
         lengths = (0, *self.policy.lengths)
         return self.settle(lengths[self.turn % len(lengths)])
@@ -161,7 +161,7 @@ def test_nor_do_random_choices_where_rows_end_apart(make_case, monkeypatch, mode
     dice, chosen = random.Random(0), set()
     watch = dict(logits_processor=[Watches()] if mode == "lockstep" else [])
 
-    def choose(self, rows):
+    def choose(self, rows, found=None):
         gamma = self.settle(dice.choice((0, 1, 2, 4, max(LENGTHS))))
         chosen.add(gamma)
         return gamma

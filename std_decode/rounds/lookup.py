@@ -1,0 +1,189 @@
+"""Drafts that are looked up: what followed the newest tokens where they stood before.
+
+Where a text repeats its prompt or itself, that is what comes next, and it costs no pass to find
+out (prompt lookup: Saxena 2023, github.com/apoorvumang/prompt-lookup-decoding). Each row looks in
+its own text, on the host, which gets the tokens with the one read of each round.
+
+How often a look-up is right is learnt without drafting: whatever a token was chosen by, it tells
+whether the look-up before it would have been right.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+# Of the n-grams that are looked up, longest first. After a long one the text is nearly sure to go
+# on as it did; after a single token it is where texts have a form, as tables and records do.
+SIZES = (8, 4, 2, 1)
+NOT_TEXT = -1  # a token that is no draft: of a video or an image, or masked
+# Chance that a look-up is right, before any was seen: low, for they show it without being used;
+SUPPOSED = {8: 0.5, 4: 0.3, 2: 0.15, 1: 0.05}
+SUPPOSED_TOKENS = 4.0  # how many tokens' worth that supposition is,
+MEMORY = 0.98  # and the weight that is left to what was seen after one more token
+
+
+class Chances:
+    """How often the token that was looked up came next, by the size of the n-gram before it."""
+
+    def __init__(self) -> None:
+        self.right = {size: SUPPOSED_TOKENS * chance for size, chance in SUPPOSED.items()}
+        self.seen = dict.fromkeys(SIZES, SUPPOSED_TOKENS)
+
+    def observe(self, size: int, right: bool) -> None:
+        self.right[size] = MEMORY * self.right[size] + right
+        self.seen[size] = MEMORY * self.seen[size] + 1
+
+    def along(self, size: int, count: int) -> list[float]:
+        """That each of `count` drafts after such an n-gram is right if those before it are."""
+        if not size:
+            return [0.0] * count
+        chances = {n: self.right[n] / self.seen[n] for n in SIZES}
+        # With each draft that is right the n-gram grows by one.
+        return [chances[_class(size + i)] for i in range(count)]
+
+    def copy(self) -> Chances:
+        other = Chances()
+        other.right, other.seen = dict(self.right), dict(self.seen)
+        return other
+
+
+def _class(length: int) -> int:
+    return next(size for size in SIZES if size <= length)
+
+
+class Text:
+    """The text of one row, and where its n-grams stood last.
+
+    Attributes:
+        tokens: prompt and answer.
+        newest: by size, then by the hash of an n-gram, where its newest occurrence ended. The
+            newest tokens themselves are in it as soon as it is known what follows.
+        size, start: of the longest n-gram that the text ends with and that stood before, and
+            where that ended; 0 where there is none.
+    """
+
+    def __init__(self, tokens: list[int]):
+        self.tokens = tokens
+        before = tokens[:-1]
+        self.newest = {
+            size: dict(
+                zip(map(hash, zip(*(before[i:] for i in range(size)))), range(size, len(tokens)))
+            )
+            for size in SIZES
+        }
+        self._look_up()
+
+    def append(self, token: int) -> None:
+        for size, key in self.keys.items():
+            self.newest[size][key] = len(self.tokens)
+        self.tokens.append(token)
+        self._look_up()
+
+    def _look_up(self) -> None:
+        tail = tuple(self.tokens[-SIZES[0] :])
+        self.keys = {size: hash(tail[-size:]) for size in SIZES}
+        self.size = self.start = 0
+        for size, key in self.keys.items():
+            start = self.newest[size].get(key)
+            if start is None or self.tokens[start] == NOT_TEXT or NOT_TEXT in tail[-size:]:
+                continue
+            self.size, self.start = size, start
+            return
+
+    def drafts(self, most: int) -> list[int]:
+        """What followed then, at most so many tokens; none where nothing was found."""
+        if not self.size:
+            return []
+        # Where that runs into the end of the text, it goes on with the drafts themselves.
+        text = self.tokens[self.start : self.start + most]
+        period = len(self.tokens) - self.start
+        drafts = [text[i % period] for i in range(most)]
+        return drafts[: drafts.index(NOT_TEXT)] if NOT_TEXT in drafts else drafts
+
+
+class Found:
+    """What the rows that go on have found, for a policy to weigh.
+
+    Args:
+        sizes: of each row's n-gram, 0 where it found none.
+        together: whether all rows advance by the smallest acceptance.
+    """
+
+    def __init__(self, sizes: Sequence[int], chances: Chances, together: bool = False):
+        self.sizes, self.chances, self.together = sizes, chances, together
+
+    @property
+    def everywhere(self) -> bool:
+        return all(self.sizes)
+
+    def expected(self, count: int) -> list[float]:
+        """Tokens that a row may expect of a round of 0 to `count` drafts, on average."""
+        tokens = [0.0] * (count + 1)
+        rows = Counter(self.sizes)
+        if self.together:
+            alike = [1.0] * count
+            for size, times in rows.items():
+                along = self.chances.along(size, count)
+                alike = [all_of * chance**times for all_of, chance in zip(alike, along)]
+            return _expected(alike)
+        for size, times in rows.items():
+            own = _expected(self.chances.along(size, count))
+            tokens = [sum_of + times * one for sum_of, one in zip(tokens, own)]
+        return [sum_of / len(self.sizes) for sum_of in tokens]
+
+
+def _expected(chances: list[float]) -> list[float]:
+    expected, all_right = [1.0], 1.0
+    for chance in chances:
+        all_right *= chance
+        expected.append(expected[-1] + all_right)
+    return expected
+
+
+class Lookup:
+    """The texts of a batch.
+
+    Args:
+        input_ids: the prompt, ``[B, S]``.
+        no_text: of which tokens nothing is to be made, bool ``[B, S]``.
+        chances: learnt from; those of the call.
+    """
+
+    def __init__(self, input_ids: Tensor, no_text: Tensor, chances: Chances):
+        prompts = input_ids.masked_fill(no_text, NOT_TEXT).tolist()
+        self.texts = [Text(tokens) for tokens in prompts]
+        self.chances = chances
+
+    def extend(self, row: int, tokens: Sequence[int]) -> None:
+        """Take note of the tokens that were chosen."""
+        text = self.texts[row]
+        for token in tokens:
+            if text.size:
+                self.chances.observe(text.size, text.tokens[text.start] == token)
+            text.append(token)
+
+    def found(self, rows: Sequence[int]) -> Found | None:
+        """What these rows have found, or None where no row has found anything."""
+        sizes = [self.texts[row].size for row in rows]
+        return Found(sizes, self.chances) if any(sizes) else None
+
+    def found_together(self, rows: Sequence[int], most: int) -> Found | None:
+        """The same where all rows advance as one: None unless each has `most` drafts."""
+        if not rows or any(len(self.texts[row].drafts(most)) < most for row in rows):
+            return None
+        return Found([self.texts[row].size for row in rows], self.chances, together=True)
+
+    def drafts(self, rows: Sequence[int], count: int) -> list[list[int]]:
+        """What each row drafts, at most `count` tokens; only `rows` draft anything."""
+        return [text.drafts(count) if row in rows else [] for row, text in enumerate(self.texts)]
+
+    def tensor(self, drafts: list[list[int]], count: int, device: torch.device) -> Tensor:
+        """The same, ``[B, count]``; where there is no draft, any token that the model can read."""
+        filled = [
+            own + text.tokens[-1:] * (count - len(own)) for own, text in zip(drafts, self.texts)
+        ]
+        return torch.tensor(filled).to(device, non_blocking=True)

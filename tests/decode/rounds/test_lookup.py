@@ -1,0 +1,112 @@
+"""What is looked up in a text, and what is thought of it."""
+
+import random
+from statistics import mean
+
+import pytest
+import torch
+
+from std_decode.rounds.lookup import NOT_TEXT, SIZES, SUPPOSED, Chances, Found, Lookup, Text
+
+
+def by_hand(tokens, most):
+    """Drafts by their definition, and the size of the n-gram: the longest that stood before, and
+    of those the newest."""
+    for size in SIZES:
+        tail = tokens[-size:]
+        for end in range(len(tokens) - 1, size - 1, -1):
+            if tokens[end - size : end] == tail and NOT_TEXT not in tail:
+                break
+        else:
+            continue
+        if tokens[end] == NOT_TEXT:
+            continue
+        longer = list(tokens)
+        while len(longer) < len(tokens) + most:
+            longer.append(longer[end + len(longer) - len(tokens)])
+        drafts = longer[len(tokens) :]
+        return size, drafts[: drafts.index(NOT_TEXT)] if NOT_TEXT in drafts else drafts
+    return 0, []
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_every_text_is_looked_up_as_defined(seed):
+    dice = random.Random(seed)
+    letters = range(dice.choice((2, 3, 9)))
+    prompt = [dice.choice((*letters, NOT_TEXT)) for _ in range(dice.randint(1, 40))]
+    text, found = Text(list(prompt)), set()
+    for _ in range(40):
+        size, drafts = by_hand(text.tokens, 20)
+        assert (text.size, text.drafts(20)) == (size, drafts)
+        assert text.drafts(3) == drafts[:3]
+        found.add(size)
+        text.append(dice.choice(drafts or [0]) if dice.random() < 0.8 else dice.choice(letters))
+    assert len(found) > 2
+
+
+def test_the_longest_goes_before_the_newest_and_that_before_the_oldest():
+    assert Text([1, 2, 3, 4, 5, 9, 4, 5, 8, 2, 3, 4, 5]).drafts(2) == [9, 4]  # four alike
+    assert Text([4, 5, 9, 7, 4, 5, 8, 6, 4, 5]).drafts(2) == [8, 6]
+    assert Text([5, 9, 5, 8, 1, 5]).drafts(2) == [8, 1]
+    assert Text([1, 2, 3]).drafts(2) == [] == Text([1]).drafts(2)
+
+
+def test_what_runs_into_the_end_of_the_text_goes_on_with_itself():
+    assert Text([7, 1, 2, 3, 1]).drafts(8) == [2, 3, 1, 2, 3, 1, 2, 3]
+    assert Text([7, 7]).drafts(3) == [7, 7, 7]
+
+
+def test_pictures_and_padding_are_neither_looked_up_nor_drafted():
+    ids = torch.tensor([[0, 0, 5, 99, 99, 5, 6, 99, 7, 6]])
+    no_text = (ids == 99) | (ids == 0)
+    lookup = Lookup(ids, no_text, Chances())
+    assert lookup.drafts([0], 4) == [[]]  # after 6 came a picture
+    lookup.extend(0, [5])
+    assert lookup.drafts([0], 4) == [[6]]
+    assert lookup.tensor([[6]], 3, ids.device).tolist() == [[6, 5, 5]]  # and what can be read
+    lookup.extend(0, [0])
+    assert lookup.drafts([0], 4) == [[]]
+
+
+def test_each_row_looks_in_its_own_text():
+    ids = torch.tensor([[1, 2, 3, 1], [1, 5, 6, 1], [1, 2, 3, 9]])
+    lookup = Lookup(ids, ids < 0, Chances())
+    assert lookup.drafts([0, 1, 2], 2) == [[2, 3], [5, 6], []]
+    assert lookup.drafts([1], 1) == [[], [5], []]
+    assert lookup.found([0, 2]).sizes == [1, 0] and lookup.found([2]) is None
+    assert lookup.found_together([0, 1], 2).sizes == [1, 1]
+    assert lookup.found_together([0, 2], 2) is None
+    lookup.extend(1, [5])
+    assert lookup.drafts([0, 1, 2], 2) == [[2, 3], [6, 1], []]
+
+
+def test_chances_are_learnt_from_every_token_by_the_size_of_the_match():
+    chances = Chances()
+    lookup = Lookup(torch.tensor([[1, 2, 3, 4, 5, 1]]), torch.zeros(1, 6).bool(), chances)
+    lookup.extend(0, [2, 3, 4, 9])  # after 1, 12, 123 and 1234, which were followed by 2345
+    seen = {size: round(chances.seen[size]) for size in SIZES}
+    assert seen == {8: 4, 4: 5, 2: 6, 1: 5}
+    right = {size: chances.right[size] / chances.seen[size] for size in SIZES}
+    assert right[2] > 0.4 and right[1] > 0.2 and right[4] < SUPPOSED[4] and right[8] == SUPPOSED[8]
+    other = chances.copy()
+    other.observe(8, False)
+    assert other.right[8] < chances.right[8]
+
+
+def test_what_a_round_may_expect():
+    """The n-gram grows by one with each draft that is right: by 2 and more, by 4 and more."""
+    chances = Chances()
+    for size, chance in {8: 0.9, 4: 0.8, 2: 0.5, 1: 0.3}.items():
+        chances.seen[size], chances.right[size] = 1.0, chance
+    assert chances.along(1, 5) == [0.3, 0.5, 0.5, 0.8, 0.8]
+    assert chances.along(4, 6) == [0.8] * 4 + [0.9] * 2
+    one = Found([1], chances).expected(2)
+    assert one == pytest.approx([1, 1.3, 1.45])
+    four = Found([4], chances).expected(2)
+    assert four == pytest.approx([1, 1.8, 2.44])
+    apart = Found([1, 4, 0], chances).expected(2)
+    assert apart == pytest.approx([1, *(mean(x) for x in zip(one[1:], four[1:], (1, 1)))])
+    assert Found([1, 4], chances, together=True).expected(1) == pytest.approx([1, 1.24])
+    assert Found([4, 4], chances, together=True).expected(2)[2] == pytest.approx(
+        1 + 0.64 + 0.64**2
+    )
