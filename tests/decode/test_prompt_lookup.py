@@ -118,6 +118,7 @@ def test_a_call_ends_where_it_should_within_drafts_that_are_right(
     told(case)
     stats = compare(case, **watching(mode))
     assert stats.emitted == tokens and stats.calls["draft"] == 0
+    assert stats.calls["select"] == 1  # no draft step has told what scores are relative to
     passes = stats.rounds + stats.calls["dense"]
     assert passes == math.ceil((tokens - 1) / 5) and stats.lookup_rounds == stats.rounds
     assert stats.accepted >= tokens - 1 - passes  # the last pass may end with a draft
