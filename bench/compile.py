@@ -17,7 +17,8 @@ from std_kernels import _tuning
 
 RESULTS = Path(__file__).parent / "results" / "compile.md"
 OTHERWISE = RESULTS.with_name("compile-newest.md")
-HEAD_DIMS = (64, 120, 128, 256)  # 120 fills no tile, and rows of it begin at multiples of 8 only
+# 120 fills no tile, and rows of it begin at multiples of 8 only
+HEAD_DIMS = (64, 120, 128, 256, 512)
 # How many of the bytes loaded in loops may come in pieces of less than 16, by part of the kernel's
 # name. A row's lse and masks take some; a gather takes a 4-byte index or two for every 16-byte
 # piece; a merge reads little. A tile in 2-byte loads is half of the bytes or all of them, and
@@ -38,8 +39,9 @@ gfx942. No GPU is needed. The exit status is 1 if a kernel
   spills registers,
   needs more shared memory than the target has,
   loads the keys, values or scores in pieces of less than 16 bytes,
-  runs an fp16 or bf16 matrix product without tensor cores, or
-  has its wgmma instructions wait for one another,
+  runs an fp16 or bf16 matrix product without tensor cores,
+  has its wgmma instructions wait for one another, or
+  verifies at head dim 128 on sm_90 and leaves no room for a second program on its SM,
 
 or, of the product with 4-bit weights on NVIDIA GPUs, if it takes more than 4 instructions for a
 weight (without tensor cores), reads the weights in anything but asynchronous loads of 16 bytes,
@@ -138,6 +140,8 @@ def compile_case(case: Case) -> Result:
     problems = list(judge(found, limit, checked, narrow))
     if case.row.op == "int4_linear" and "merge" not in name and case.target.startswith("sm_"):
         problems += judge_product(found, case.row, limit)
+    if case.target == "sm_90" and name == "verify_split" and spec.constexprs["D"] <= 128:
+        problems += [] if two_fit(found.shared) else [f"{found.shared} bytes: one program an SM"]
     if found.matrix == "HGMMA" and serialized(sass_of(compiled)):
         problems.append("ptxas serialized its wgmma instructions")
     return Result(case, name, found, tuple(problems))
@@ -155,7 +159,7 @@ def compile_spec(spec: Any, target: str) -> Any:
 
     backend, arch, warp_size, _ = _tuning.TARGETS[target]
     source = ASTSource(spec.kernel, spec.signature, spec.constexprs, spec.attrs)
-    options = {"num_warps": spec.num_warps, "num_stages": spec.num_stages}
+    options = {"num_warps": spec.num_warps, "num_stages": spec.num_stages, **spec.options}
     return triton.compile(source, target=GPUTarget(backend, arch, warp_size), options=options)
 
 
@@ -164,6 +168,11 @@ def sass_of(compiled: Any) -> str:
         file.write(compiled.asm["cubin"])
         file.flush()
         return _tool("nvdisasm", "-c", file.name)
+
+
+def two_fit(shared: int) -> bool:
+    """Whether an SM of an H100 has shared memory for two programs, 1 KiB more each for CUDA."""
+    return 2 * (shared + 1024) <= 233472
 
 
 def serialized(sass: str) -> bool:

@@ -33,6 +33,7 @@ The ops are also `torch.ops.std_kernels.*`, with every argument positional and u
 
 from std_kernels.add_rms_norm import add_rms_norm
 from std_kernels.int4_linear import int4_linear, int4_linear_partials, pack_int4
+from std_kernels.renew_importance import renew_importance
 from std_kernels.rope_write import rope_write
 from std_kernels.score_keys import score_keys
 from std_kernels.select_topk import select_topk
@@ -45,6 +46,7 @@ __all__ = [
     "int4_linear",
     "int4_linear_partials",
     "pack_int4",
+    "renew_importance",
     "rope_write",
     "score_keys",
     "select_topk",

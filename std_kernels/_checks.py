@@ -19,6 +19,7 @@ from std_kernels._errors import (
 )
 
 MAX_GROUP = 16
+MAX_HEAD_DIM = 512
 MAX_TOKENS = 64
 MAX_PARTIALS = 64
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
@@ -64,8 +65,8 @@ def check_query_key(
     if query.dtype not in FLOATS:
         raise bad_dtype(op, "query", query, "float16, bfloat16 or float32")
     B, Hq, T, D = query.shape
-    if D % 8 or not 16 <= D <= 256:
-        expected = "a head dim D from 16 to 256 that is a multiple of 8"
+    if D % 8 or not 16 <= D <= MAX_HEAD_DIM:
+        expected = f"a head dim D from 16 to {MAX_HEAD_DIM} that is a multiple of 8"
         raise bad_shape(op, "query", query, expected, "pad D with zeros and pass scale")
     if T < 1 or (max_tokens is not None and T > max_tokens):
         expected = f"{tokens} >= 1" if max_tokens is None else f"1 <= {tokens} <= {max_tokens}"

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from triton.language.extra import libdevice
+from triton.language.extra.cuda import gdc_wait
 
 from std_kernels._errors import bad_value
 
@@ -191,24 +192,27 @@ def merge_kernel(
     partial_ptr,  # [B * Hkv, num_splits, T * G, BLOCK_D + PARTIAL_PAD]
     kv_len_ptr, kv_start_ptr,  # [B] or None: all num_splits hold something; [B] or None
     sinks_ptr,  # [Hq] or None
-    out_ptr, lse_ptr,  # [B, Hq, T, D], [B, Hq, T], both contiguous
+    out_ptr, lse_ptr,  # [B, T, Hq, D], [B, Hq, T], both contiguous
     T, window, num_splits,
     HKV: tl.constexpr, G: tl.constexpr, D: tl.constexpr,
     BLOCK_D: tl.constexpr, SPLIT: tl.constexpr, BLOCK_S: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """Merges the splits of one query row, ascending, in blocks at absolute multiples of BLOCK_S.
 
-    A split beyond the row's keys weighs exactly 0 and changes no bit.
+    A split beyond the row's keys weighs exactly 0 and changes no bit. With PDL the kernel is
+    launched while the splits are under way, and waits for them here: its launch costs nothing.
     """
     STRIDE: tl.constexpr = BLOCK_D + 4  # PARTIAL_PAD
     r = tl.program_id(0)
     bh = tl.program_id(1)
+    b, h = bh // HKV, bh % HKV
     t, g = r // G, r % G
     d = tl.arange(0, BLOCK_D)
     first = 0
     last = num_splits
     if kv_len_ptr is not None:
-        start, stop = visible_range(bh // HKV, kv_len_ptr, kv_start_ptr, T, window)
+        start, stop = visible_range(b, kv_len_ptr, kv_start_ptr, T, window)
         first = start // SPLIT
         last = tl.where(stop > start, tl.cdiv(stop, SPLIT), first)
 
@@ -216,13 +220,16 @@ def merge_kernel(
     total = 0.0
     acc = tl.zeros([BLOCK_D], tl.float32)
     rows = partial_ptr + (bh.to(tl.int64) * num_splits * (T * G) + r) * STRIDE
-    for s0 in tl.range(first // BLOCK_S * BLOCK_S, last, BLOCK_S):
+    if PDL:
+        gdc_wait()
+    for s0 in tl.range(first // BLOCK_S * BLOCK_S, last, BLOCK_S, num_stages=3):
         s = s0 + tl.arange(0, BLOCK_S)
         live = (s >= first) & (s < last)
         at = rows + (s - first).to(tl.int64) * (T * G) * STRIDE
         lse = tl.load(at + BLOCK_D, mask=live, other=float("-inf"))  # [BLOCK_S]
-        live = live & (lse > float("-inf"))
+        # Asked for beside the lse, not after it: what a split left unwritten is dropped below.
         values = tl.load(at[:, None] + d[None, :], mask=live[:, None], other=0.0)
+        values = tl.where((lse > float("-inf"))[:, None], values, 0.0)
         new_top = tl.maximum(top, tl.max(lse, 0))
         weights = tl.exp2(lse - new_top)
         factor = tl.exp2(top - new_top)
@@ -236,7 +243,7 @@ def merge_kernel(
     seen = total > 0.0
     nothing = float("-inf")
     if sinks_ptr is not None:
-        nothing = tl.load(sinks_ptr + (bh % HKV) * G + g)
+        nothing = tl.load(sinks_ptr + h * G + g)
         sink = nothing * 1.4426950408889634
         new_top = tl.maximum(top, sink)
         factor = tl.exp2(top - new_top)
@@ -246,9 +253,10 @@ def merge_kernel(
     some = tl.where(seen, total, 1.0)
     lse = tl.where(seen, (top + tl.log2(some)) * 0.6931471805599453, nothing)
     out = tl.where(seen, acc * (1.0 / some), 0.0)
-    at = (bh.to(tl.int64) * G + g) * T + t
+    head = h * G + g
+    at = (b.to(tl.int64) * T + t) * (HKV * G) + head
     tl.store(out_ptr + at * D + d, cast(out, out_ptr.dtype.element_ty), mask=d < D)
-    tl.store(lse_ptr + at, lse)
+    tl.store(lse_ptr + (b.to(tl.int64) * (HKV * G) + head) * T + t, lse)
 
 
 def query_rows(query: Tensor) -> Tensor:
@@ -283,11 +291,17 @@ def row_unit(*strides: int) -> int:
     return 1 if any(stride % ROW_UNIT for stride in strides) else ROW_UNIT
 
 
-def check_grid(op: str, B: int, Hkv: int) -> None:
-    """Raises where a grid's last dimension, which counts B * Hkv, would be beyond CUDA's limit."""
-    if B * Hkv > 65535:
+def check_grid(op: str, rows: int, Hkv: int, name: str = "key") -> None:
+    """Raises where a grid's last dimension, which counts B * Hkv, would be beyond CUDA's limit.
+
+    Args:
+        rows: B, or L * B of an argument that is of L layers.
+        name: of the argument to blame.
+    """
+    if rows * Hkv > 65535:
+        of = "B * Hkv" if name == "key" else "L * B * Hkv"
         remedy = "pass the batch in several calls"
-        raise bad_value(op, "key", f"has B * Hkv = {B * Hkv}", "at most 65535 on a GPU", remedy)
+        raise bad_value(op, name, f"has {of} = {rows * Hkv}", "at most 65535 on a GPU", remedy)
 
 
 def padded(head_dim: int) -> int:
@@ -304,6 +318,7 @@ class Spec(NamedTuple):
     attrs: dict[tuple[int, ...], list[list[Any]]]
     num_warps: int
     num_stages: int
+    options: dict[str, Any] = {}  # of the launch, beyond those
 
 
 def aot_spec(
@@ -312,6 +327,7 @@ def aot_spec(
     constexprs: dict[str, Any],
     num_warps: int,
     num_stages: int = 1,
+    **options: Any,
 ) -> Spec:
     """Describes a kernel with the divisibility that a launch on dense tensors would find.
 
@@ -323,6 +339,7 @@ def aot_spec(
             nothing about a launch.
         constexprs: the value of every other argument, None included.
         num_warps, num_stages: of the table's row.
+        options: of the launch, beyond those.
     """
     names = [parameter.name for parameter in kernel.params]
     if missing := set(names) ^ {*types, *constexprs}:
@@ -338,4 +355,5 @@ def aot_spec(
             or (name.startswith("stride_") and name in types and rows_of_16)
         )
     }
-    return Spec(kernel, signature, constexprs, attrs, num_warps, num_stages)
+    options = {name: value for name, value in options.items() if value}  # AMD knows none of them
+    return Spec(kernel, signature, constexprs, attrs, num_warps, num_stages, options)

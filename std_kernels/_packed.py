@@ -60,9 +60,23 @@ def ranges(
     return list(zip(lows, highs, strict=True))
 
 
+def out_like(query: Tensor) -> Tensor:
+    """Room for an output [B, Hq, T, D] that lies in memory as [B, T, Hq, D].
+
+    That is how a model wants it back: transposed again it is contiguous, without a copy.
+    """
+    B, Hq, T, D = query.shape
+    return query.new_empty((B, T, Hq, D)).transpose(1, 2)
+
+
+def laid_out(out: Tensor) -> Tensor:
+    """An output [B, Hq, T, D] as it lies in memory for `out_like`; no copy at T = 1."""
+    return out.transpose(1, 2).contiguous().transpose(1, 2)
+
+
 def unpack(query: Tensor, out: Tensor, lse: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
     """Packed results in the caller's shape, with the sinks' share taken out of the values."""
-    out = out.reshape(query.shape).contiguous()
+    out = laid_out(out.reshape(query.shape))
     lse = lse.reshape(query.shape[:3]).contiguous()
     if sinks is None:
         return out, lse
@@ -77,7 +91,7 @@ def nothing_seen(query: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
     lse = query.new_full(query.shape[:3], -INF, dtype=torch.float32)
     if sinks is not None:
         lse = torch.logaddexp(lse, sinks[:, None])
-    return torch.zeros_like(query, memory_format=torch.contiguous_format), lse
+    return out_like(query).zero_(), lse
 
 
 def gather(

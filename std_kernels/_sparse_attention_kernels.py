@@ -14,6 +14,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents
 
 from std_kernels._device import (
     PARTIAL_PAD,
@@ -33,7 +34,15 @@ from std_kernels._device import (
     store_partial,
     stride_unit,
 )
-from std_kernels._tuning import Row, arch_of, config, precision
+from std_kernels._packed import out_like
+from std_kernels._tuning import (
+    Row,
+    arch_of,
+    config,
+    launches_early,
+    precision,
+    target_launches_early,
+)
 
 MERGED_AT_ONCE = 16
 # Tail positions that are read in one tile a program; a longer tail takes turns.
@@ -62,8 +71,10 @@ def _sparse_split_kernel(
     scale, softcap,  # from logit_scales
     HKV: tl.constexpr, G: tl.constexpr, D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, SPLIT: tl.constexpr,
-    UNIT: tl.constexpr,
+    UNIT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    if PDL:  # as in verify_attention
+        gdc_launch_dependents()
     s, bh = tl.program_id(1), tl.program_id(2).to(tl.int64)
     b, h = bh // HKV, bh % HKV
     r = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -139,7 +150,7 @@ def sparse_attention(
     grid, merge_grid, partial_size, sizes, options, merge_options = _plan(
         query.device, query.dtype, B, Hq, Hkv, T, D, N, K
     )
-    out = query.new_empty(query.shape)
+    out = out_like(query)
     lse = torch.empty((B, Hq, T), dtype=torch.float32, device=query.device)
     if not lse.numel():
         return out, lse
@@ -171,7 +182,7 @@ def _plan(
 ) -> tuple[tuple, tuple, int, tuple[int, int], dict[str, Any], dict[str, Any]]:
     """Everything a launch needs that follows from shapes."""
     check_grid("sparse_attention", B, Hkv)
-    G, block_d = Hq // Hkv, padded(D)
+    G, block_d, early = Hq // Hkv, padded(D), launches_early(device)
     kernel = "few rows" if T * G <= 16 else "many rows"
     # The more KV heads there are to fill the GPU with, the longer the splits.
     row = config("sparse_attention", kernel, arch_of(device), precision(dtype), D, B * Hkv)
@@ -179,7 +190,7 @@ def _plan(
     tail_splits = min(-(-N // row.block_n), -(-_TAIL_AT_ONCE // row.split))
     num_splits = list_splits + tail_splits
     grid = (-(-T * G // row.block_m), num_splits, B * Hkv)
-    shared = dict(HKV=Hkv, G=G, D=D, BLOCK_D=block_d, SPLIT=row.split)
+    shared = dict(HKV=Hkv, G=G, D=D, BLOCK_D=block_d, SPLIT=row.split, PDL=early)
     options = dict(
         **shared,
         BLOCK_M=row.block_m,
@@ -189,13 +200,17 @@ def _plan(
     )
     size = B * Hkv * num_splits * T * G * (block_d + PARTIAL_PAD)
     merge_options = dict(**shared, BLOCK_S=MERGED_AT_ONCE, num_warps=4)
+    if early:
+        merge_options["launch_pdl"] = True
     return grid, (T * G, B * Hkv), size, (list_splits, tail_splits), options, merge_options
 
 
 def aot_specs(arch: str, dtype: str, row: Row) -> list[Spec]:
     """The plain op, one with softcap, and the merge."""
     half, tile = f"*{dtype}", row.config()
+    early = target_launches_early(arch)
     shared = dict(HKV=4, G=7, D=row.head_dim, BLOCK_D=padded(row.head_dim), SPLIT=tile.split)
+    shared |= dict(PDL=early)
     sizes = dict(BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, UNIT=stride_unit(row.head_dim))
     strides = ["stride_query_b", "stride_query_h", "stride_query_t"]
     strides += [f"stride_{x}_{i}" for x in ("key", "value") for i in "bhn"]
@@ -210,5 +225,6 @@ def aot_specs(arch: str, dtype: str, row: Row) -> list[Spec]:
     types = dict(partial_ptr="*fp32", lse_ptr="*fp32", sinks_ptr="*fp32", out_ptr=half)
     types |= dict(T="i32", num_splits="i32")
     absent = dict(kv_len_ptr=None, kv_start_ptr=None, window=None)
-    merge = aot_spec(merge_kernel, types, shared | absent | dict(BLOCK_S=MERGED_AT_ONCE), 4)
+    shared |= dict(BLOCK_S=MERGED_AT_ONCE)
+    merge = aot_spec(merge_kernel, types, shared | absent, 4, launch_pdl=early)
     return [plain, capped, merge]

@@ -1,9 +1,9 @@
 """The frozen launch table: the tile sizes each kernel runs with, and how each row is known.
 
 A row is chosen from the op, the architecture, the precision and the head dim, and the split
-length from the cache's capacity as well; never from T or B (int4_linear, which reads no cache, has
-a kernel for one row, for few and for many). verify_attention's promise, that a row's bits do not
-depend on T or on the batch, rests on this. Nothing is tuned at run time.
+length from B, Hkv and the cache's capacity as well; never from T (int4_linear, which reads no
+cache, has a kernel for one row, for few and for many). verify_attention's promise, that a row's
+bits do not depend on T, rests on this. Nothing is tuned at run time.
 
 Every row can be compiled without a GPU: an op's kernels and launcher stand in the module
 `std_kernels._<op>_kernels`, which has a function `aot_specs(arch, dtype, row)` that returns a
@@ -72,10 +72,13 @@ class Row(NamedTuple):
         return Config(self.block_m, self.block_n, split, self.num_warps, self.num_stages)
 
 
-# Short splits fill the GPU at B = 1, long ones write fewer partials: (D + 4) * T * G * 4 bytes a
-# split and KV head. On 132 SMs with two programs each, 4 KV heads at B = 1 are one wave at most.
-# Estimates, as all split lengths here: none has been run.
-_VERIFY_SPLITS = ((8192, 256), (32768, 512), (65536, 1024), (ANY, 2048))
+# By the keys of all rows and KV heads, B * Hkv * N. Short splits fill the GPU, long ones write
+# fewer partials: T * G * (D + 4) * 4 bytes a split and KV head, which the merge reads again. At
+# G 7, T 5 and 16 bits what is written is 36 / split of the bytes of K and V. 132 SMs take two
+# programs each, and one keeps enough in flight. Estimates, as all split lengths here: none ran.
+_VERIFY_SPLITS = (
+    (65536, 256), (131072, 768), (262144, 1024), (1 << 20, 2048), (ANY, 4096)
+)  # fmt: skip
 # By B * Hkv: short lists a program where there are few heads to fill the GPU with.
 _SPARSE_SPLITS = ((16, 32), (48, 64), (ANY, 128))
 _ESTIMATE = "estimate from bytes, not run"
@@ -94,32 +97,43 @@ _VERIFY = tuple(Row("verify_attention", "split", *row) for row in (
      _AOT + "218/215/200 registers, 52 KiB, HMMA"),
     ("sm_80", HALF, 256, 64, 32, 8, 3, _VERIFY_SPLITS,
      _AOT + "201/211/177 registers, 100 KiB, HMMA"),
+    ("sm_80", HALF, 512, 32, 32, 8, 2, _VERIFY_SPLITS,
+     _AOT + "173/230/178 registers, 98 KiB, HMMA"),
     ("sm_90", HALF, 64, 64, 64, 4, 3, _VERIFY_SPLITS,
      _AOT + "123/201/123 registers, 57 KiB, HGMMA"),
     ("sm_90", HALF, 128, 64, 64, 4, 3, _VERIFY_SPLITS,
      _AOT + "190/235/170 registers, 113 KiB, HGMMA"),
     ("sm_90", HALF, 256, 64, 32, 8, 3, _VERIFY_SPLITS,
      _AOT + "138/196/135 registers, 129 KiB, HGMMA"),
+    ("sm_90", HALF, 512, 64, 32, 8, 2, _VERIFY_SPLITS,
+     _AOT + "252/255/238 registers, 193 KiB, HGMMA"),
     ("sm_100", HALF, 64, 64, 64, 4, 3, _VERIFY_SPLITS,
      _AOT + "164/204/166 registers, 58 KiB, tcgen05"),
     ("sm_100", HALF, 128, 64, 64, 4, 3, _VERIFY_SPLITS,
      _AOT + "252/240/210 registers, 114 KiB, tcgen05"),
     ("sm_100", HALF, 256, 64, 64, 8, 2, _VERIFY_SPLITS,
      _AOT + "196/238/182 registers, 162 KiB, tcgen05"),
+    ("sm_100", HALF, 512, 32, 32, 8, 2, _VERIFY_SPLITS,
+     _AOT + "178/229/173 registers, 98 KiB, HMMA: 64 rows spill"),
     ("sm_120", HALF, 64, 64, 64, 4, 3, _VERIFY_SPLITS,
      _AOT + "176/236/151 registers, 41 KiB, HMMA"),
     ("sm_120", HALF, 128, 64, 32, 4, 2, _VERIFY_SPLITS,
      _AOT + "182/212/178 registers, 36 KiB, HMMA"),
     ("sm_120", HALF, 256, 64, 32, 8, 2, _VERIFY_SPLITS,
      _AOT + "174/218/173 registers, 68 KiB, HMMA"),
+    ("sm_120", HALF, 512, 32, 16, 8, 2, _VERIFY_SPLITS,
+     _AOT + "164/178/156 registers, 65 KiB, HMMA"),
     ("gfx942", HALF, 64, 64, 16, 2, 2, _VERIFY_SPLITS,
      _AOT + "135/147/138 registers, 8 KiB, MFMA"),
     ("gfx942", HALF, 128, 64, 16, 4, 2, _VERIFY_SPLITS,
      _AOT + "121/133/123 registers, 16 KiB, MFMA"),
     ("gfx942", HALF, 256, 64, 16, 8, 2, _VERIFY_SPLITS,
      _AOT + "137/147/137 registers, 32 KiB, MFMA"),
+    ("gfx942", HALF, 512, 32, 16, 8, 1, _VERIFY_SPLITS,
+     _AOT + "151/165/159 registers, 32 KiB, MFMA"),
     ("default", HALF, 128, 64, 32, 8, 2, _VERIFY_SPLITS, _ESTIMATE),
     ("default", HALF, 256, 64, 32, 8, 1, _VERIFY_SPLITS, _ESTIMATE),
+    ("default", HALF, 512, 32, 16, 8, 1, _VERIFY_SPLITS, _ESTIMATE),
     ("sm_80", FLOAT, 256, 16, 32, 8, 2, _VERIFY_SPLITS, _AOT + "80/79/84 registers, 83 KiB, FMA"),
     ("sm_90", FLOAT, 256, 16, 32, 8, 2, _VERIFY_SPLITS, _AOT + "78/80/79 registers, 83 KiB, FMA"),
     ("sm_100", FLOAT, 256, 16, 32, 8, 2, _VERIFY_SPLITS, _AOT + "78/80/76 registers, 83 KiB, FMA"),
@@ -128,34 +142,52 @@ _VERIFY = tuple(Row("verify_attention", "split", *row) for row in (
     ("gfx942", FLOAT, 256, 16, 32, 8, 1, _VERIFY_SPLITS,
      _AOT + "239/238/242 registers, 32 KiB, MFMA"),
     ("default", FLOAT, 256, 16, 32, 8, 1, _VERIFY_SPLITS, _ESTIMATE),
-    ("interpreter", HALF, 256, 32, 16, 1, 1, ((ANY, 48),), _SMALL),
-    ("interpreter", FLOAT, 256, 32, 16, 1, 1, ((ANY, 48),), _SMALL),
+    ("default", FLOAT, 512, 16, 16, 8, 1, _VERIFY_SPLITS,
+     _AOT + "190 registers, 65 KiB, FMA on sm_120; gfx942 222, 32 KiB, MFMA"),
+    ("interpreter", HALF, 512, 32, 16, 1, 1, ((ANY, 48),), _SMALL),
+    ("interpreter", FLOAT, 512, 32, 16, 1, 1, ((ANY, 48),), _SMALL),
 ))
 _SCORE_SPLITS = ((16384, 512), (65536, 1024), (ANY, 2048))
 _SCORE_KEYS = tuple(Row("score_keys", *row) for row in (
     # kernel, arch, dtype, head_dim, block_m, block_n, num_warps, num_stages, splits, source
     ("lse", "sm_80", HALF, 128, 64, 64, 4, 3, _SCORE_SPLITS, _ESTIMATE),
+    ("lse", "sm_80", HALF, 256, 64, 32, 4, 2, _SCORE_SPLITS, _ESTIMATE),
+    ("lse", "sm_80", HALF, 512, 64, 32, 8, 2, _SCORE_SPLITS, _ESTIMATE),
     ("lse", "sm_90", HALF, 128, 128, 128, 8, 2, _SCORE_SPLITS, _ESTIMATE),
     ("lse", "sm_90", HALF, 256, 64, 64, 4, 2, _SCORE_SPLITS, _ESTIMATE),
+    ("lse", "sm_90", HALF, 512, 64, 64, 8, 2, _SCORE_SPLITS, _ESTIMATE),
     ("lse", "sm_100", HALF, 128, 128, 128, 8, 2, _SCORE_SPLITS, _ESTIMATE),
     ("lse", "sm_100", HALF, 256, 64, 64, 4, 2, _SCORE_SPLITS, _ESTIMATE),
+    ("lse", "sm_100", HALF, 512, 64, 64, 8, 2, _SCORE_SPLITS, _ESTIMATE),
     ("lse", "default", HALF, 128, 64, 64, 4, 2, _SCORE_SPLITS, _ESTIMATE),
     ("lse", "default", HALF, 256, 64, 32, 4, 2, _SCORE_SPLITS, _ESTIMATE),
+    ("lse", "default", HALF, 512, 32, 32, 4, 2, _SCORE_SPLITS, _ESTIMATE),
+    ("lse", "gfx942", HALF, 128, 64, 64, 4, 2, _SCORE_SPLITS, _ESTIMATE),
+    ("lse", "gfx942", HALF, 256, 64, 32, 4, 2, _SCORE_SPLITS, _ESTIMATE),
+    ("lse", "gfx942", HALF, 512, 64, 16, 8, 1, _SCORE_SPLITS, _ESTIMATE),
     ("lse", "default", FLOAT, 256, 16, 32, 4, 1, _SCORE_SPLITS, _ESTIMATE),
-    ("lse", "interpreter", HALF, 256, 16, 16, 1, 1, ((ANY, 48),), _SMALL),
-    ("lse", "interpreter", FLOAT, 256, 16, 16, 1, 1, ((ANY, 48),), _SMALL),
+    ("lse", "default", FLOAT, 512, 16, 16, 4, 1, _SCORE_SPLITS, _ESTIMATE),
+    ("lse", "interpreter", HALF, 512, 16, 16, 1, 1, ((ANY, 48),), _SMALL),
+    ("lse", "interpreter", FLOAT, 512, 16, 16, 1, 1, ((ANY, 48),), _SMALL),
     ("column", "sm_80", HALF, 64, 64, 64, 4, 3, ((ANY, 64),), _ESTIMATE),
     ("column", "sm_80", HALF, 128, 64, 64, 8, 3, ((ANY, 64),), _ESTIMATE),
+    ("column", "sm_80", HALF, 256, 32, 64, 4, 2, ((ANY, 64),), _ESTIMATE),
+    ("column", "sm_80", HALF, 512, 32, 64, 8, 1, ((ANY, 64),), _ESTIMATE),
     ("column", "sm_90", HALF, 128, 64, 128, 8, 2, ((ANY, 128),), _ESTIMATE),
     ("column", "sm_90", HALF, 256, 64, 64, 4, 2, ((ANY, 64),), _ESTIMATE),
+    ("column", "sm_90", HALF, 512, 64, 64, 8, 1, ((ANY, 64),), _ESTIMATE),
     ("column", "sm_100", HALF, 128, 64, 128, 8, 2, ((ANY, 128),), _ESTIMATE),
     ("column", "sm_100", HALF, 256, 64, 64, 4, 2, ((ANY, 64),), _ESTIMATE),
+    ("column", "sm_100", HALF, 512, 64, 64, 8, 1, ((ANY, 64),), _ESTIMATE),
     ("column", "gfx942", HALF, 256, 64, 64, 8, 1, ((ANY, 64),), _ESTIMATE),
+    ("column", "gfx942", HALF, 512, 32, 32, 8, 1, ((ANY, 32),), _ESTIMATE),
     ("column", "default", HALF, 128, 64, 64, 4, 2, ((ANY, 64),), _ESTIMATE),
     ("column", "default", HALF, 256, 32, 64, 4, 2, ((ANY, 64),), _ESTIMATE),
+    ("column", "default", HALF, 512, 32, 32, 4, 1, ((ANY, 32),), _ESTIMATE),
     ("column", "default", FLOAT, 256, 16, 32, 4, 1, ((ANY, 32),), _ESTIMATE),
-    ("column", "interpreter", HALF, 256, 16, 16, 1, 1, ((ANY, 16),), _SMALL),
-    ("column", "interpreter", FLOAT, 256, 16, 16, 1, 1, ((ANY, 16),), _SMALL),
+    ("column", "default", FLOAT, 512, 16, 16, 4, 1, ((ANY, 16),), _ESTIMATE),
+    ("column", "interpreter", HALF, 512, 16, 16, 1, 1, ((ANY, 16),), _SMALL),
+    ("column", "interpreter", FLOAT, 512, 16, 16, 1, 1, ((ANY, 16),), _SMALL),
 ))
 # Scores are float32 and have no head dim. "sample": keys that are sampled, by a row's length.
 # "few" and "many": keys that a program holds, of a row or a list; block_n of a row that it reads.
@@ -214,13 +246,24 @@ _SPARSE = tuple(Row("sparse_attention", *row) for row in (
     ("many rows", "gfx942", HALF, 256, 64, 16, 4, 1, _SPARSE_SPLITS,
      _AOT + "112/168 registers, 32 KiB, MFMA"),
     ("few rows", "default", HALF, 256, 16, 32, 4, 1, _SPARSE_SPLITS, _ESTIMATE),
+    ("few rows", "default", HALF, 512, 16, 32, 8, 2, _SPARSE_SPLITS,
+     _AOT + "126 to 128 registers at D = 512, 81 KiB, HMMA"),
+    ("few rows", "gfx942", HALF, 512, 16, 32, 8, 1, _SPARSE_SPLITS,
+     _AOT + "246 registers at D = 512, 32 KiB, MFMA"),
     ("few rows", "default", FLOAT, 256, 16, 32, 8, 1, _SPARSE_SPLITS, _ESTIMATE),
+    ("few rows", "default", FLOAT, 512, 16, 16, 8, 1, _SPARSE_SPLITS,
+     _AOT + "128 registers at D = 512, 65 KiB, FMA; gfx942 222, 32 KiB, MFMA"),
     ("many rows", "default", HALF, 256, 64, 32, 8, 1, _SPARSE_SPLITS, _ESTIMATE),
+    ("many rows", "default", HALF, 512, 32, 32, 8, 1, _SPARSE_SPLITS,
+     _AOT + "200 to 224 registers at D = 512, 66 KiB, HMMA"),
+    ("many rows", "gfx942", HALF, 512, 32, 16, 8, 1, _SPARSE_SPLITS,
+     _AOT + "164 registers at D = 512, 32 KiB, MFMA"),
     ("many rows", "default", FLOAT, 256, 16, 32, 8, 1, _SPARSE_SPLITS, "as few rows"),
-    ("few rows", "interpreter", HALF, 256, 16, 16, 1, 1, ((2, 16), (ANY, 32)), _SMALL),
-    ("few rows", "interpreter", FLOAT, 256, 16, 16, 1, 1, ((2, 16), (ANY, 32)), _SMALL),
-    ("many rows", "interpreter", HALF, 256, 32, 16, 1, 1, ((2, 16), (ANY, 32)), _SMALL),
-    ("many rows", "interpreter", FLOAT, 256, 32, 16, 1, 1, ((2, 16), (ANY, 32)), _SMALL),
+    ("many rows", "default", FLOAT, 512, 16, 16, 8, 1, _SPARSE_SPLITS, "as few rows"),
+    ("few rows", "interpreter", HALF, 512, 16, 16, 1, 1, ((2, 16), (ANY, 32)), _SMALL),
+    ("few rows", "interpreter", FLOAT, 512, 16, 16, 1, 1, ((2, 16), (ANY, 32)), _SMALL),
+    ("many rows", "interpreter", HALF, 512, 32, 16, 1, 1, ((2, 16), (ANY, 32)), _SMALL),
+    ("many rows", "interpreter", FLOAT, 512, 32, 16, 1, 1, ((2, 16), (ANY, 32)), _SMALL),
 ))
 # Block_m: rows of the input; block_n: of the weight; the split length: columns of a tile. The
 # weights of two to three tiles are on their way in each program, by cp.async.
@@ -318,6 +361,23 @@ def arch_of(device: torch.device) -> str:
         return "sm_80"
     name = f"sm_{major}0"
     return name if name in TARGETS else "default"
+
+
+@lru_cache(maxsize=64)
+def launches_early(device: torch.device) -> bool:
+    """Whether a kernel can be launched while the one that it waits for is under way.
+
+    CUDA's programmatic dependent launch, from Hopper on.
+    """
+    if device.type != "cuda" or torch.version.hip is not None:
+        return False
+    return torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def target_launches_early(target: str) -> bool:
+    """The same of a key of TARGETS."""
+    backend, arch, *_ = TARGETS[target]
+    return backend == "cuda" and int(arch) >= 90
 
 
 def precision(dtype: torch.dtype) -> str:

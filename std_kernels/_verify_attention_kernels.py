@@ -4,11 +4,12 @@ One program reads the keys of one split once for a tile of query rows; row r of 
 token r // G of head r % G of its group. Bytes moved: K and V of the visible keys, and for each
 split and query row one float32 row of D + 4 that the merge reads back.
 
-A row's result does not depend on T or on the batch, bit for bit: tiles and splits are fixed by
-(device, dtype, D, N) and stand at absolute positions; no argument that varies with T, or with
-where in a batch a row stands, is specialised; the loop over keys is not peeled, so that every tile
-takes the same instructions; a tile in which a row sees nothing leaves its bits alone; and splits
-are merged in ascending order.
+A row's result does not depend on T or on the other rows, bit for bit: tiles and splits are fixed
+by (device, dtype, D, B, Hkv, N, window) and stand at absolute positions; no argument that varies
+with T, or with where in a batch a row stands, is specialised; the loop over keys is not peeled, so
+that every tile takes the same instructions; a tile in which a row sees nothing leaves its bits
+alone; and splits are merged in ascending order. How many rows there are does count: the more
+there are to fill the GPU with, the longer the splits, and the fewer partial results.
 """
 
 from functools import lru_cache
@@ -18,6 +19,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents
 
 from std_kernels._device import (
     PARTIAL_PAD,
@@ -38,7 +40,15 @@ from std_kernels._device import (
     stride_unit,
     visible_range,
 )
-from std_kernels._tuning import Row, arch_of, config, precision
+from std_kernels._packed import out_like
+from std_kernels._tuning import (
+    Row,
+    arch_of,
+    config,
+    launches_early,
+    precision,
+    target_launches_early,
+)
 
 MERGED_AT_ONCE = 16
 
@@ -64,8 +74,10 @@ def _verify_split_kernel(
     scale, softcap,  # from logit_scales
     HKV: tl.constexpr, G: tl.constexpr, D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, SPLIT: tl.constexpr,
-    UNIT: tl.constexpr,
+    UNIT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    if PDL:  # the merge's launch is under way while this runs; it waits for the end by itself
+        gdc_launch_dependents()
     # Row tiles are neighbours in launch order: the second finds the keys in L2.
     tile, bh = tl.program_id(0), tl.program_id(2).to(tl.int64)
     b, h = bh // HKV, bh % HKV
@@ -152,8 +164,7 @@ def verify_attention(
     sinks: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Two launches; the arguments are those of the op's schema."""
-    out, lse, _ = _launch(query, key, value, kv_len, None, kv_start, window, scale, softcap, sinks)
-    return out, lse
+    return _launch(query, key, value, kv_len, None, kv_start, window, scale, softcap, sinks, None)
 
 
 def verify_attention_with_scores(
@@ -167,12 +178,12 @@ def verify_attention_with_scores(
     scale: float,
     softcap: float | None,
     sinks: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
+    scores: Tensor,
+) -> tuple[Tensor, Tensor]:
     """Two launches, and a sum over row tiles where T * G rows do not fit one."""
-    out, lse, tiles = _launch(
-        query, key, value, kv_len, score_lse, kv_start, window, scale, softcap, sinks
+    return _launch(
+        query, key, value, kv_len, score_lse, kv_start, window, scale, softcap, sinks, scores
     )
-    return out, lse, tiles[0] if tiles.shape[0] == 1 else tiles.sum(0)
 
 
 def _launch(
@@ -186,34 +197,36 @@ def _launch(
     scale: float,
     softcap: float | None,
     sinks: Tensor | None,
-) -> tuple[Tensor, Tensor, Any]:
-    """Out, lse and, with `score_lse`, the scores of every row tile [row tiles, B, Hkv, N]."""
+    scores: Tensor | None,
+) -> tuple[Tensor, Tensor]:
     B, Hq, T, D = query.shape
     _, Hkv, N, _ = key.shape
     query = query_rows(query)
-    grid, merge_grid, partial_size, options, merge_options = _plan(
-        query.device, query.dtype, B, Hq, Hkv, T, D, N, None if score_lse is not None else window
-    )
-    out = query.new_empty(query.shape)
+    plan = _plan(query.device, query.dtype, B, Hq, Hkv, T, D, N, window, scores is not None)
+    grid, merge_grid, partial_size, options, merge_options = plan
+    out = out_like(query)
     lse = torch.empty((B, Hq, T), dtype=torch.float32, device=query.device)
-    scores = None
-    if score_lse is not None:
-        score_lse = score_lse.contiguous()
-        scores = lse.new_empty((grid[0], B, Hkv, N))
     if not lse.numel():
-        return out, lse, scores
+        return out, lse
+    tiles = scores
+    if scores is not None and score_lse is not None:
+        score_lse = score_lse.contiguous()
+        if grid[0] > 1:
+            tiles = scores.new_empty((grid[0], *scores.shape))
     partial = lse.new_empty(partial_size)
     scale, softcap = logit_scales(scale, softcap)
     if N:
         _verify_split_kernel[grid](
-            query, key, value, kv_len, kv_start, score_lse, partial, scores,
+            query, key, value, kv_len, kv_start, score_lse, partial, tiles,
             *query.stride()[:3], *key.stride()[:3], *value.stride()[:3],
             T, N, window, grid[1], scale, softcap, **options, UNIT=stride_unit(D, key, value),
         )  # fmt: skip
     merge_kernel[merge_grid](
         partial, kv_len, kv_start, sinks, out, lse, T, window, grid[1], **merge_options
     )
-    return out, lse, scores
+    if tiles is not scores:
+        torch.sum(tiles, 0, out=scores)
+    return out, lse
 
 
 @lru_cache(maxsize=1024)
@@ -227,17 +240,20 @@ def _plan(
     D: int,
     N: int,
     window: int | None,
+    scored: bool,
 ) -> tuple[tuple, tuple, int, dict[str, Any], dict[str, Any]]:
     """Everything a launch needs that follows from shapes: a decoder has few, and asks often."""
     check_grid("verify_attention", B, Hkv)
-    row = config("verify_attention", "split", arch_of(device), precision(dtype), D, N)
-    G, block_d = Hq // Hkv, padded(D)
+    # Never of T: see the promise above.
+    keys = B * Hkv * (N if window is None else min(N, window))
+    row = config("verify_attention", "split", arch_of(device), precision(dtype), D, keys)
+    G, block_d, early = Hq // Hkv, padded(D), launches_early(device)
     num_splits = -(-N // row.split)
-    if window is not None:
+    if window is not None and not scored:
         # T rows of a window each see window + T - 1 keys between them, wherever those start.
         num_splits = min(num_splits, (window + T - 2) // row.split + 2)
     grid = (-(-T * G // row.block_m), num_splits, B * Hkv)
-    shared = dict(HKV=Hkv, G=G, D=D, BLOCK_D=block_d, SPLIT=row.split)
+    shared = dict(HKV=Hkv, G=G, D=D, BLOCK_D=block_d, SPLIT=row.split, PDL=early)
     options = dict(
         **shared,
         BLOCK_M=row.block_m,
@@ -247,13 +263,17 @@ def _plan(
     )
     size = B * Hkv * num_splits * T * G * (block_d + PARTIAL_PAD)
     merge_options = dict(**shared, BLOCK_S=MERGED_AT_ONCE, num_warps=4)
+    if early:
+        merge_options["launch_pdl"] = True
     return grid, (T * G, B * Hkv), size, options, merge_options
 
 
 def aot_specs(arch: str, dtype: str, row: Row) -> list[Spec]:
     """The plain op, the op with scores, one with every option, and the merge."""
     half, tile = f"*{dtype}", row.config()
+    early = target_launches_early(arch)
     shared = dict(HKV=4, G=7, D=row.head_dim, BLOCK_D=padded(row.head_dim), SPLIT=tile.split)
+    shared |= dict(PDL=early)
     sizes = dict(BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, UNIT=stride_unit(row.head_dim))
     strides = [f"stride_{x}" for x in ("query_b", "query_h", "query_t")]
     strides += [f"stride_{x}_{i}" for x in ("key", "value") for i in "bhn"]
@@ -270,5 +290,6 @@ def aot_specs(arch: str, dtype: str, row: Row) -> list[Spec]:
     types = dict(partial_ptr="*fp32", lse_ptr="*fp32", sinks_ptr="*fp32", out_ptr=half)
     types |= dict(kv_len_ptr="*i32", kv_start_ptr="*i32")
     types |= dict.fromkeys(("T", "window", "num_splits"), "i32")
-    merge = aot_spec(merge_kernel, types, shared | dict(BLOCK_S=MERGED_AT_ONCE), 4)
+    shared |= dict(BLOCK_S=MERGED_AT_ONCE)
+    merge = aot_spec(merge_kernel, types, shared, 4, launch_pdl=early)
     return [*specs, merge]

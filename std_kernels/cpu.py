@@ -96,6 +96,18 @@ def select_topk(
     return _positions(chosen.reshape(-1, N), k).view(*scores.shape[:-1], k)
 
 
+def renew_importance(importance: Tensor, scores: Tensor, stop: Tensor, fade: float) -> None:
+    """Layer by layer, so that what a layer's passes share stays in a cache."""
+    S = importance.shape[-1]
+    stops = [min(end, S) for end in stop.tolist()]
+    alike = len(set(stops)) == 1
+    parts = [slice(0, len(stops))] if alike else [slice(b, b + 1) for b in range(len(stops))]
+    for rows, end in zip(parts, stops):
+        for own, newest in zip(importance[:, rows, :, :end], scores[:, rows, :, :end]):
+            share = torch.div(newest, newest.sum(dim=-1, keepdim=True).clamp_(min=1e-30))
+            torch.fmax(own.mul_(fade), share, out=own)
+
+
 def sparse_attention(
     query: Tensor,
     key: Tensor,

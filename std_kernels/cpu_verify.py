@@ -19,7 +19,15 @@ import torch
 from torch import Tensor
 
 from std_kernels._blocks import attend_rows, merge
-from std_kernels._packed import INF, MAX_LOGITS, logits, nothing_seen, ranges
+from std_kernels._packed import (
+    INF,
+    MAX_LOGITS,
+    laid_out,
+    logits,
+    nothing_seen,
+    out_like,
+    ranges,
+)
 
 # A call whose tokens lie on both sides of a border reads the past twice, at T 8 one in 18; blocks
 # half as long would make it one in 9, longer ones take longer to copy.
@@ -43,8 +51,9 @@ def verify_attention(
     options = (window, scale, softcap, sinks)
     if len(set(limits)) == 1 and _even(key) and _even(value):
         low, high = limits[0]
-        return _verify_range(query, key, value, low, high, *options)
-    out = torch.empty_like(query, memory_format=torch.contiguous_format)
+        out, lse = _verify_range(query, key, value, low, high, *options)
+        return laid_out(out), lse
+    out = out_like(query)
     lse = query.new_empty(query.shape[:3], dtype=torch.float32)
     for b, (low, high) in enumerate(limits):
         row = slice(b, b + 1)
@@ -63,10 +72,10 @@ def verify_attention_with_scores(
     scale: float,
     softcap: float | None,
     sinks: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
+    scores: Tensor,
+) -> tuple[Tensor, Tensor]:
     """verify_attention, and scores that cannot change its results: a second pass over the keys."""
     out, lse = verify_attention(query, key, value, kv_len, kv_start, window, scale, softcap, sinks)
-    scores = key.new_zeros(key.shape[:3], dtype=torch.float32)
     # +inf switches a row off. The finite floor keeps a masked logit less it at -inf, not NaN.
     cut = score_lse.nan_to_num(nan=INF, posinf=INF, neginf=torch.finfo(torch.float32).min)
     B = len(query)
@@ -75,7 +84,7 @@ def verify_attention_with_scores(
     for rows, (low, high) in zip(parts, limits):
         given = query[rows], key[rows], cut[rows]
         _score_range(scores[rows], *given, low, high, window, scale, softcap)
-    return out, lse, scores
+    return out, lse
 
 
 def _even(cache: Tensor) -> bool:
@@ -229,7 +238,10 @@ def _score_range(
     Hkv, n = key.shape[1], high - low
     seen = min(T, n)
     if seen < 1:
+        scores.zero_()
         return
+    scores[..., :low].zero_()
+    scores[..., high:].zero_()
     rows = query[:, :, T - seen :].reshape(B, Hkv, -1, D).float()
     cut = cut[:, :, T - seen :].reshape(B, Hkv, -1, 1)
     # Where keys begin that not every query sees, and a mask of those.

@@ -232,6 +232,22 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return out
 
 
+def renew_importance(
+    importance: Tensor,
+    scores: Tensor,
+    stop: Tensor,
+    fade: float,
+    dtype: torch.dtype = torch.float64,
+) -> Tensor:
+    """The larger of the faded importance and the share of the newest scores, NaN left out."""
+    S = importance.shape[-1]
+    scores = scores[..., :S].to(dtype)
+    counted = torch.arange(S) < stop[:, None, None]  # [B, 1, S]
+    total = scores.where(counted, 0).sum(-1, keepdim=True).clamp(min=1e-30)
+    faded = importance.to(dtype) * fade
+    return torch.fmax(faded, scores / total).where(counted, importance.to(dtype))
+
+
 def _dense_mask(
     kv_len: Tensor, start: Tensor | None, window: int | None, T: int, N: int
 ) -> Tensor:

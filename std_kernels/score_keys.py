@@ -48,7 +48,7 @@ def score_keys(
 
     Args:
         query: [B, Hq, W, D] float16, bfloat16 or float32, inner stride 1: the row's last W
-            positions. W >= 1, D a multiple of 8 from 16 to 256.
+            positions. W >= 1, D a multiple of 8 from 16 to 512.
         key: [B, Hkv, N, D], query's dtype, inner stride 1. Hkv divides Hq, G = Hq/Hkv <= 16.
         kv_len: [B] int32, one past the last valid key, 0 to N.
         kv_start: [B] int32, the first valid key; 0 where None.

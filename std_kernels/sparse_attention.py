@@ -14,10 +14,11 @@ from std_kernels import cpu
 from std_kernels._checks import check_no_grad, check_options, check_query_key, check_tensor
 from std_kernels._errors import bad_shape, not_a_tensor
 from std_kernels._library import register
+from std_kernels._packed import out_like
 
 
 def _fake(query, key, value, indices, tail_start, kv_len, scale, softcap, sinks):
-    return query.new_empty(query.shape), query.new_empty(query.shape[:3], dtype=torch.float32)
+    return out_like(query), query.new_empty(query.shape[:3], dtype=torch.float32)
 
 
 _OP = register(
@@ -54,7 +55,7 @@ def sparse_attention(
 
     Args:
         query: [B, Hq, T, D] float16, bfloat16 or float32, inner stride 1: the row's last T
-            positions. 1 <= T <= 64, D a multiple of 8 from 16 to 256.
+            positions. 1 <= T <= 64, D a multiple of 8 from 16 to 512.
         key: [B, Hkv, N, D], query's dtype, inner stride 1. Hkv divides Hq, G = Hq/Hkv <= 16.
         value: the same shape and dtype as key, inner stride 1.
         indices: [B, Hkv, K] int32, inner stride 1: positions, none twice in a (b, h). Entries
@@ -66,9 +67,9 @@ def sparse_attention(
         sinks: [Hq] float32, one more logit per head that carries no value; None for none.
 
     Returns:
-        out [B, Hq, T, D] in query's dtype, and lse [B, Hq, T] float32, the natural log of the
-        sum of exp(logit), sinks included. A query that sees no key gets output 0 and lse -inf
-        (the sink's logit, where there are sinks).
+        out [B, Hq, T, D] in query's dtype, in memory as [B, T, Hq, D], and lse [B, Hq, T] float32,
+        the natural log of the sum of exp(logit), sinks included. A query that sees no key gets
+        output 0 and lse -inf (the sink's logit, where there are sinks).
 
     Raises:
         TypeError: a wrong dtype or type.

@@ -16,18 +16,17 @@ from std_kernels import cpu_verify
 from std_kernels._checks import check_no_grad, check_options, check_query_key, check_tensor
 from std_kernels._errors import bad_type, bad_value
 from std_kernels._library import register
+from std_kernels._packed import out_like
 
 _KERNELS = "std_kernels._verify_attention_kernels"
 
 
 def _fake(query, key, value, kv_len, kv_start, window, scale, softcap, sinks):
-    return query.new_empty(query.shape), query.new_empty(query.shape[:3], dtype=torch.float32)
+    return out_like(query), query.new_empty(query.shape[:3], dtype=torch.float32)
 
 
 def _fake_with_scores(query, key, value, kv_len, score_lse, *options):
-    return *_fake(query, key, value, kv_len, *options), key.new_empty(
-        key.shape[:3], dtype=torch.float32
-    )
+    return _fake(query, key, value, kv_len, *options[:-1])
 
 
 _VERIFY = register(
@@ -40,7 +39,7 @@ _VERIFY = register(
 _VERIFY_WITH_SCORES = register(
     "verify_attention_with_scores(Tensor query, Tensor key, Tensor value, Tensor kv_len, "
     "Tensor score_lse, Tensor? kv_start, SymInt? window, float scale, float? softcap, "
-    "Tensor? sinks) -> (Tensor, Tensor, Tensor)",
+    "Tensor? sinks, Tensor(a!) scores) -> (Tensor, Tensor)",
     cpu_verify.verify_attention_with_scores,
     _fake_with_scores,
     _KERNELS,
@@ -73,7 +72,7 @@ def verify_attention(
 
     Args:
         query: [B, Hq, T, D] float16, bfloat16 or float32, inner stride 1: the row's last T
-            positions. 1 <= T <= 64, D a multiple of 8 from 16 to 256.
+            positions. 1 <= T <= 64, D a multiple of 8 from 16 to 512.
         key: [B, Hkv, N, D], query's dtype, inner stride 1. Hkv divides Hq, G = Hq/Hkv <= 16. N
             is a capacity, not a length.
         value: the same shape and dtype as key, inner stride 1.
@@ -85,9 +84,9 @@ def verify_attention(
         sinks: [Hq] float32, one more logit per head that carries no value; None for none.
 
     Returns:
-        out [B, Hq, T, D] in query's dtype, and lse [B, Hq, T] float32, the natural log of the
-        sum of exp(logit), sinks included. A query that sees no key gets output 0 and lse -inf
-        (the sink's logit, where there are sinks).
+        out [B, Hq, T, D] in query's dtype, in memory as [B, T, Hq, D], and lse [B, Hq, T] float32,
+        the natural log of the sum of exp(logit), sinks included. A query that sees no key gets
+        output 0 and lse -inf (the sink's logit, where there are sinks).
 
     Raises:
         TypeError: a wrong dtype or type.
@@ -96,13 +95,14 @@ def verify_attention(
 
     Note:
         Cost follows kv_len and window, not N. A row has the same bits whatever T, its place among
-        the T tokens, the batch, and what lies behind it: on both paths what is added up, and in
-        which order, follows from its own position, counted from kv_start. The Triton path makes
-        two launches and reads nothing back. The CPU path reads the lengths on the host and makes
-        one pass for rows that share a range, one a row otherwise; it relies on matrix products
-        that add alike for 4 to 32 rows, tries that once for each dtype and D, and computes the
-        tokens one by one where it does not hold. In half precision its lse is good to eps/2 of
-        query's dtype.
+        the T tokens, what the other rows are, and what lies behind it: what is added up, and in
+        which order, follows from its own position: on the CPU counted from kv_start and whatever
+        the batch; in the Triton path counted from the buffer's beginning and for one B, since how
+        many keys a program reads goes by B * Hkv * N. The Triton path makes two launches and reads
+        nothing back. The CPU path reads the lengths on the host and makes one pass for rows that
+        share a range, one a row otherwise; it relies on matrix products that add alike for 4 to
+        32 rows, tries that once for each dtype and D, and computes the tokens one by one where it
+        does not hold. In half precision its lse is good to eps/2 of query's dtype.
     """
     op = "verify_attention"
     scale = _check(op, query, key, value, kv_len, kv_start, window, scale, softcap, sinks)
@@ -121,6 +121,7 @@ def verify_attention_with_scores(
     scale: float | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    scores: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Computes `verify_attention` and, from the same keys, scores for the next selection.
 
@@ -133,11 +134,13 @@ def verify_attention_with_scores(
             `verify_attention`. Sinks enter the scores only through `score_lse`.
         score_lse: [B, Hq, T] float32, inner stride 1, natural log. +inf or NaN switches a row
             off.
+        scores: [B, Hkv, N] float32, contiguous: where to write the scores, such as one layer's
+            place in a buffer of all layers; a new tensor where None.
 
     Returns:
         out and lse as `verify_attention` returns them, and scores [B, Hkv, N] float32: the sum
         over the group's G heads and the T rows of sigmoid(logit - score_lse), over the rows that
-        see key n; 0 where none does.
+        see key n; 0 where none does. The tensor given as `scores`, where one is.
 
     Raises:
         TypeError, ValueError, RuntimeError: as `verify_attention`.
@@ -149,9 +152,18 @@ def verify_attention_with_scores(
     op = "verify_attention_with_scores"
     scale = _check(op, query, key, value, kv_len, kv_start, window, scale, softcap, sinks)
     check_tensor(op, "score_lse", score_lse, query, torch.float32, query.shape[:3], "[B, Hq, T]")
-    return _VERIFY_WITH_SCORES(
-        query, key, value, kv_len, score_lse, kv_start, window, scale, softcap, sinks
-    )
+    if scores is None:
+        scores = query.new_empty(key.shape[:3], dtype=torch.float32)
+    else:
+        check_tensor(op, "scores", scores, query, torch.float32, key.shape[:3], "[B, Hkv, N]")
+        if not scores.is_contiguous():
+            found = f"has strides {scores.stride()}"
+            remedy = "pass one layer of a tensor [L, B, Hkv, N]"
+            raise bad_value(op, "scores", found, "a contiguous tensor", remedy)
+        check_no_grad(op, scores)
+    options = kv_start, window, scale, softcap, sinks
+    out, lse = _VERIFY_WITH_SCORES(query, key, value, kv_len, score_lse, *options, scores)
+    return out, lse, scores
 
 
 def _check(

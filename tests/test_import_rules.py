@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 OP_FILES = {
     *("score_keys", "select_topk", "sparse_attention", "verify_attention", "int4_linear"),
-    *("add_rms_norm", "rope_write", "silu_mul"),
+    *("add_rms_norm", "rope_write", "silu_mul", "renew_importance"),
 }
 # Rooms of std_decode, folders and files of the first level. Each may import those above it here;
 # `errors` and `stats` import nothing of ours, and are for all.

@@ -60,10 +60,8 @@ def subjects(head_dim: int, precision: str) -> list[Subject]:
     tiles = _HALF_TILES if precision == HALF else _FLOAT_TILES
     model = _MODELS[head_dim]
 
-    def verify(N: int) -> tuple[Point, ...]:
-        return tuple(
-            Point("verify_attention", model, B, N, T) for B, T in ((1, 5), (8, 5), (1, 1))
-        )
+    def verify(*sizes: tuple[int, int]) -> tuple[Point, ...]:
+        return tuple(Point("verify_attention", model, B, N, T) for B, N in sizes for T in (5, 1))
 
     def sparse(T: int, *batches: int) -> tuple[Point, ...]:
         return tuple(
@@ -82,12 +80,15 @@ def subjects(head_dim: int, precision: str) -> list[Subject]:
     rows = dict(zip((16, 48, ANY), ((1, 4), (8,), (32,))))  # batches, by B * Hkv of 4 KV heads
     if head_dim != 128:
         rows = dict(zip((16, 48, ANY), ((1, 2), (4,), (16,))))  # of 8 KV heads
+    heads = 4 if head_dim == 128 else 8
+    lengths = [(x, verify((1, x // heads))) for x in (65536, 131072, 262144)]  # by B * Hkv * N
+    lengths.append((1 << 20, verify((1, 131072), (32 // heads, 25088))))
+    lengths.append((ANY, verify((128 // heads, 25088), (32 // heads, 131072))))
     few = tuple((limit, sparse(1, *batches)) for limit, batches in rows.items())
     many = tuple((limit, sparse(10, *batches)) for limit, batches in rows.items())
     found = [
         Subject("verify_attention", "split", precision, head_dim,
-                ((8192, verify(8192)), (32768, verify(32768)), (65536, verify(65536)),
-                 (ANY, verify(131072))), tiles, (128, 256, 512, 1024, 2048, 4096)),
+                tuple(lengths), tiles, (256, 512, 768, 1024, 2048, 4096, 8192)),
         Subject("sparse_attention", "few rows", precision, head_dim, few,
                 ((16,), *tiles[1:]), (16, 32, 64, 128, 256)),
         Subject("sparse_attention", "many rows", precision, head_dim, many, tiles,

@@ -32,18 +32,19 @@ def sweep(subject, time, present=None, judge=list):
     return search.search(subject, present, judge, timer), present, calls
 
 
-def test_finds_the_best_tile_and_a_split_for_each_capacity():
+def test_finds_the_best_tile_and_a_split_for_each_number_of_keys():
     subject = subject_of("verify_attention", "split")
-    wanted = {8192: 128, 32768: 1024, 65536: 256, 131072: 4096}
+    splits = ((65536, 512), (131072, 1024), (262144, 768), (1 << 20, 4096), (ANY, 256))
+    wanted = search.present_row(subject, "sm_90")._replace(splits=splits)
 
     def time(row, point):
         tile = sum(abs(math.log2(a / b)) for a, b in zip(search.tile_of(row), (32, 64, 8, 2)))
-        split = abs(math.log2(row.config(point.context).split / wanted[point.context]))
+        keys = 4 * point.batch * point.context
+        split = abs(math.log2(row.config(keys).split / wanted.config(keys).split))
         return point.batch * (1 + 0.1 * tile + 0.1 * split)
 
     choice, present, calls = sweep(subject, time)
     assert search.tile_of(choice.row) == (32, 64, 8, 2)
-    splits = ((8192, 128), (32768, 1024), (65536, 256), (ANY, 4096))
     assert choice.row.splits == splits and choice.timed == len(calls)
     points = subject.points
     ratio = [time(present, p) / time(choice.row, p) for p in points]
@@ -145,7 +146,7 @@ def test_the_table_is_as_it_was_afterwards():
 
     def plan():
         sizes = 1, 8, 2, 1, 128, 4096
-        return kernels._plan(torch.device("cpu"), torch.float32, *sizes, None)
+        return kernels._plan(torch.device("cpu"), torch.float32, *sizes, None, False)
 
     table, before = _tuning.TABLE, plan()
     row = next(r for r in table if r.arch == "interpreter" and r.op == "verify_attention")
@@ -225,7 +226,7 @@ def test_goes_on_after_the_time_box(small, tmp_path, capsys):
     assert tune.tune([small], lab(Case(), path, True, timer=timer), "sm_90") == 0
     printed = capsys.readouterr().out
     assert "verify_attention, split, half: 2.00x the speed of the present row" in printed
-    assert '("sm_90", HALF, 128, 32, 32, 4, 2, ((8192, 256), ' in printed
+    assert '("sm_90", HALF, 128, 32, 32, 4, 2, ((65536, 256), ' in printed
     assert "measured on NVIDIA X, Triton 3.7.1: 2.00x the speed of the row before" in printed
     count = len(timed)
     about, *found = map(json.loads, path.read_text().splitlines())

@@ -13,6 +13,7 @@ from bench import compile as bench  # noqa: E402
 from bench.__main__ import main  # noqa: E402
 from bench.assembly import Report, inspect, loop_instructions, loop_loads  # noqa: E402
 from std_kernels import _tuning  # noqa: E402
+from std_kernels._renew_importance_kernels import aot_specs as renew_specs  # noqa: E402
 
 OPS = sorted({row.op for row in _tuning.TABLE})
 
@@ -67,6 +68,58 @@ def test_a_long_row_is_filtered_in_few_instructions():
         sass = bench.sass_of(bench.compile_spec(spec, "sm_90"))
         instructions = len(re.findall(r"/\*[0-9a-f]{4,}\*/ ", sass)) + 3 * loop_instructions(sass)
         assert 500 < instructions < 45 * row.block_n / (32 * row.num_warps), spec.constexprs
+
+
+def compiled(target, op, number):
+    """The machine code of one of an op's kernels at D = 128 in bf16, and what was compiled."""
+    row = next(
+        row
+        for row in bench.reachable_rows(target)
+        if (row.op, row.head_dim, row.dtype) == (op, 128, _tuning.HALF)
+    )
+    made = bench.compile_spec(bench.specs_of(target, "bf16", row)[number], target)
+    return bench.sass_of(made) if target.startswith("sm") else "", made
+
+
+@pytest.mark.aot
+def test_a_merge_asks_for_two_blocks_of_splits_before_it_waits():
+    """For their lse and, not knowing these, for their values: one trip to memory, not four."""
+    before, wait, _ = compiled("sm_90", "verify_attention", -1)[0].partition("DEPBAR.LE")
+    asked = 128 * 16 * len(re.findall(r"LDGSTS\w*\.E[.\w]*\.128", before))
+    assert wait and asked >= 2 * 16 * 128 * 4  # bytes: blocks, splits, D, float32
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize("op", ["verify_attention", "sparse_attention"])
+@pytest.mark.parametrize("target, early", [("sm_90", True), ("sm_80", False)])
+def test_the_merge_is_launched_while_the_splits_are_under_way(op, target, early):
+    split, merge = (compiled(target, op, number)[1] for number in (0, -1))
+    assert ("griddepcontrol.launch_dependents" in split.asm["ptx"]) == early
+    assert ("griddepcontrol.wait" in merge.asm["ptx"]) == early == merge.metadata.launch_pdl
+    assert not split.metadata.launch_pdl  # it waits for all that came before
+    if early:  # nothing of a partial is read before the splits have ended
+        before, _, after = merge.asm["ptx"].partition("griddepcontrol.wait")
+        assert "cp.async" in after and "cp.async" not in before
+
+
+@pytest.mark.aot
+def test_two_programs_that_verify_with_scores_fit_an_sm():
+    """With not a byte to spare: one program an SM would halve what is under way."""
+    _, made = compiled("sm_90", "verify_attention", 1)
+    assert made.metadata.shared == 115712 and bench.two_fit(115712)
+    assert not bench.two_fit(115713)
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+def test_renewing_importance_compiles_well(target):
+    for spec in renew_specs():
+        made = bench.compile_spec(spec, target)
+        report, (*_, lanes, limit) = inspect(made), _tuning.TARGETS[target]
+        assert not list(bench.judge(report, limit, True, 0.25)) and report.registers > 0
+        wide = "dwordx4" if target == "gfx942" else ".128"
+        loads = re.findall(r"(?:LDG|_load_)\S*", made.asm.get("amdgcn") or bench.sass_of(made))
+        assert sum(wide in load for load in loads) >= 8192 / (8 * lanes * 4)
 
 
 def problems_of(row, dtype, change):

@@ -47,6 +47,9 @@ def arguments(op, dtype=torch.float32, B=2, T=3, D=16, N=40, seed=0):
         scales = torch.rand(2, 48, 2, generator=generator).div(10).bfloat16()
         call = {"input": input, "packed": sk.pack_int4(VALUES, 32), "scales": scales}
         return call if "partials" in op else {**call, "bias": torch.arange(48).to(dtype)}
+    if op == "renew_importance":
+        importance, scores = torch.rand(2, 3, B, 2, N, generator=generator)
+        return {"importance": importance, "scores": scores, "stop": full - 7, "fade": 0.5}
     if op == "score_keys":
         call = {"query": query, "key": key, "kv_len": full}
         return {**call, "kv_start": full - 20, "num_queries": full - N + 2, **common}
@@ -57,12 +60,16 @@ def arguments(op, dtype=torch.float32, B=2, T=3, D=16, N=40, seed=0):
     call["kv_len"] = full - 3
     if op == "verify_attention_with_scores":
         call["score_lse"] = torch.full((B, 4, T), 2.0)
-    return {**call, "kv_start": full - 30, "window": 9, **common}
+    options = {"kv_start": full - 30, "window": 9, **common}
+    if op == "verify_attention_with_scores":
+        options["scores"] = torch.empty(B, 2, N)
+    return {**call, **options}
 
 
 def required(op):
     count = {"select_topk": 2, "score_keys": 3, "sparse_attention": 6, "verify_attention": 4}
     count |= {"pack_int4": 2, "int4_linear": 3, "int4_linear_partials": 3}
+    count["renew_importance"] = 4
     return count.get(op, 5)
 
 
@@ -88,15 +95,15 @@ def test_opcheck(op, options):
     values = arguments(op)
     if not options:
         unset = list(values)[required(op) :]
-        values.update({name: None for name in unset if name != "scale"})
+        values.update({name: None for name in unset if name not in ("scale", "scores")})
     overload = getattr(torch.ops.std_kernels, op).default
     order = [argument.name for argument in overload._schema.arguments]
     assert order == list(values), "the schema's order is that of the public function"
     opcheck(overload, tuple(values.values()), test_utils=CHECKS)
 
 
-@pytest.mark.parametrize("op", OPS)
-def test_results_are_new_and_contiguous(op):
+@pytest.mark.parametrize("op", [op for op in OPS if op != "renew_importance"])
+def test_results_are_new_and_dense(op):
     """What the fake implementation promises, for every layout the real one may start from."""
     for B, T, Hq, Hkv in ((1, 1, 4, 2), (2, 3, 4, 2), (1, 5, 4, 1), (2, 3, 2, 2)):
         values = dict(list(arguments(op, B=B, T=T).items())[: required(op)])
@@ -111,8 +118,10 @@ def test_results_are_new_and_contiguous(op):
                 values[name] = values[name][:, :Hq]
         inputs = {x.untyped_storage().data_ptr() for x in values.values() if torch.is_tensor(x)}
         results = call(op, values)
-        for result in results if isinstance(results, tuple) else (results,):
-            assert result.is_contiguous()
+        for i, result in enumerate(results if isinstance(results, tuple) else (results,)):
+            # Outputs of attention lie as a model wants them back.
+            assert (result.transpose(1, 2) if result.dim() == 4 and i == 0 and "att" in op
+                    else result).is_contiguous()  # fmt: skip
             assert result.untyped_storage().data_ptr() not in inputs
 
 
@@ -120,8 +129,9 @@ def test_results_are_new_and_contiguous(op):
 def test_compiles_into_one_graph(op):
     compiled = torch.compile(OPS[op], fullgraph=True, dynamic=True, backend="aot_eager")
     for B, N in ((2, 40), (3, 57)):
-        values = arguments(op, B=B, N=N)
-        torch.testing.assert_close(call(op, values, compiled), call(op, values))
+        values, same = arguments(op, B=B, N=N), arguments(op, B=B, N=N)  # some write to them
+        torch.testing.assert_close(call(op, values, compiled), call(op, same))
+        torch.testing.assert_close(values, same)
 
 
 def test_compiles_with_inductor():
@@ -145,6 +155,8 @@ def test_options_default_to_none(op):
     few = {name: values[name] for name in list(values)[: required(op)]}
     none = {name: values[name] if name in few else None for name in values}
     expected, tolerance = right(op, few)
+    if op == "renew_importance":
+        none = arguments(op)  # one call has written to the others
     for result in (call(op, few), call(op, none)):
         torch.testing.assert_close(result, expected, check_dtype=False, **tolerance)
 
@@ -161,7 +173,7 @@ def test_autograd_is_refused(op):
             call(op, values)
 
 
-def wrong_tensor(draw, name, x):
+def wrong_tensor(draw, name, x, leads):
     """A tensor that is wrong in one way, and the error that way deserves."""
     ways = ["no tensor", "rank", "dtype", "size"]
     if name != "values":  # alone it may be on any
@@ -174,11 +186,9 @@ def wrong_tensor(draw, name, x):
     if way == "rank" and name == "input":
         return x[0, 0, 0], ValueError  # of any other
     if way == "rank":
-        # Every rank below 3 is wrong for scores, which take any number of leading dimensions.
-        ranks = [x[0, 0] if name == "scores" else x[0]]
-        ranks += [] if name == "scores" else [x[None]]
-        wrong = draw(st.sampled_from(ranks))
-        return (wrong[0] if name == "scores" else wrong), ValueError
+        # Only a rank below 3 is wrong for scores that take any number of leading dimensions.
+        wrong = draw(st.sampled_from([x[0, 0, 0]] if leads else [x[0], x[None]]))
+        return wrong, ValueError
     if way == "dtype":
         every = (torch.float64, torch.int64, torch.int32, torch.uint8, torch.bool, *FLOAT)
         allowed = FLOAT if name in ("query", "input") else (x.dtype,)
@@ -192,8 +202,13 @@ def wrong_tensor(draw, name, x):
 
 
 # Sizes one argument alone may choose: its number of selected keys, capacity, queries, layers.
-FREE = {("indices", 2), ("scores", 0), ("scores", 1), ("scores", 2), ("scores", 3), ("query", 2)}
-FREE |= {("input", 0), ("input", 1)}
+FREE = {op: {("query", 2)} for op in OPS}
+FREE["sparse_attention"] |= {("indices", 2)}
+FREE["score_keys"] |= {("key", 2)}
+FREE["select_topk"] |= {("scores", dim) for dim in range(4)}
+FREE["renew_importance"] |= {("scores", 3)}
+for op in ("int4_linear", "int4_linear_partials"):
+    FREE[op] |= {("input", 0), ("input", 1)}
 
 
 @settings(max_examples=400, deadline=None)
@@ -203,16 +218,17 @@ def test_wrong_tensors_are_named(data):
     values = arguments(op)
     tensors = [name for name, x in values.items() if torch.is_tensor(x)]
     name = data.draw(st.sampled_from(tensors), label="name")
-    values[name], error = wrong_tensor(data.draw, name, values[name])
+    leads = (op, name) == ("select_topk", "scores")
+    values[name], error = wrong_tensor(data.draw, name, values[name], leads)
     sizes = arguments(op)[name].shape
     wrong = values[name]
     if torch.is_tensor(wrong) and wrong.dim() == len(sizes):
         grown = [d for d in range(len(sizes)) if wrong.shape[d] != sizes[d]]
-        free = FREE | ({("key", 2)} if op == "score_keys" else set())
-        assume(not any((name, d) in free for d in grown))
+        assume(not any((name, d) in FREE[op] for d in grown))
     # The caller may mean either side of a disagreement: key may be blamed for query.
     partner = {"query": "(query|key)", "key": "(key|value)", "scores": "(scores|candidates)"}
     partner["input"] = "(input|packed)"
+    partner["importance"] = "(importance|scores)"
     pattern = f"^{op}: {partner.get(name, name)} (has|is) .*, expected .*; .+"
     with pytest.raises(error) as caught:
         call(op, values)
@@ -238,6 +254,9 @@ OPTION_ERRORS = [
     ("k", 41, ValueError),
     ("k", 2.0, TypeError),
     ("k", torch.tensor(2), TypeError),
+    ("fade", -0.1, ValueError),
+    ("fade", float("nan"), ValueError),
+    ("fade", "1", TypeError),
 ]
 
 
@@ -258,7 +277,7 @@ def test_wrong_options_are_named(op):
     [
         (4, 2, 3, 8, "query"),
         (4, 2, 3, 20, "query"),
-        (4, 2, 3, 264, "query"),
+        (4, 2, 3, 520, "query"),
         (4, 2, 0, 16, "query"),
         (4, 2, 65, 16, "query"),
         (4, 3, 3, 16, "key"),

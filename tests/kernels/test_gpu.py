@@ -58,6 +58,7 @@ SHAPES = [
     (real(131072, 160), 128, 7, 5, BF16),
     (real(32768, 97), 64, 8, 9, FP16),
     (real(8193, 49), 256, 2, 3, BF16),
+    (real(8200, 50), 512, 8, 5, BF16),
     (real(4097, 33), 96, 16, 4, FP16),
     (real(5000, 50), 80, 4, 2, BF16),
     (real(3001, 45), 120, 3, 3, BF16),
@@ -196,15 +197,17 @@ def test_verify_rows_do_not_depend_on_their_number(big_cache, N, D, G, _, dtype)
 
 
 @pytest.mark.parametrize("N, D, G, T, dtype", SOME)
-def test_verify_rows_do_not_depend_on_the_batch(make_cache, N, D, G, T, dtype):
+def test_verify_rows_do_not_depend_on_each_other(make_cache, N, D, G, T, dtype):
+    """Bit for bit, for one number of rows: how long splits are goes by that."""
     lengths = [N, N // 2, N - 7, T, N // 3]
     with torch.device("cpu"):
         cache = make_cache(lengths, N=N, D=D, G=G, T=T, dtype=dtype, Hkv=1, device=DEVICE)
     together = sk.verify_attention(*cache.args())
     for b in range(len(lengths)):
-        alone = sk.verify_attention(*(x[b : b + 1] for x in cache.args()))
-        assert torch.equal(alone[0][0], together[0][b])
-        assert torch.equal(alone[1][0], together[1][b])
+        for rows in ([b] * 5, [(b + i) % 5 for i in range(5)]):
+            others = sk.verify_attention(*(x[rows] for x in cache.args()))
+            assert torch.equal(others[0][0], together[0][b])
+            assert torch.equal(others[1][0], together[1][b])
 
 
 @pytest.mark.parametrize("far", ["batch", "head", "token"])

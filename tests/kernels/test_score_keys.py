@@ -39,7 +39,7 @@ def test_options(make_cache, assert_accurate, options, W):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
-    "D, G, W", [(16, 1, 5), (32, 7, 64), (80, 4, 1), (128, 16, 2), (256, 2, 70)]
+    "D, G, W", [(16, 1, 5), (32, 7, 64), (80, 4, 1), (128, 16, 2), (256, 2, 70), (512, 2, 7)]
 )
 def test_shapes(make_cache, assert_accurate, dtype, D, G, W):
     check(make_cache([150, 149], D=D, G=G, T=W, N=151, dtype=dtype), assert_accurate)

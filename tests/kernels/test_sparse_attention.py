@@ -69,7 +69,7 @@ def test_options(make_cache, assert_accurate, options, T, tail_start, empties):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
-    "D, G, T", [(16, 1, 5), (32, 7, 64), (80, 4, 1), (128, 16, 2), (256, 2, 1)]
+    "D, G, T", [(16, 1, 5), (32, 7, 64), (80, 4, 1), (128, 16, 2), (256, 2, 1), (512, 8, 3)]
 )
 def test_shapes(make_cache, assert_accurate, dtype, D, G, T):
     cache = make_cache([150, 149], D=D, G=G, T=T, N=151, dtype=dtype)

@@ -73,7 +73,7 @@ def test_past_and_blocks_apart(make_cache, assert_accurate, monkeypatch, options
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
-    "D, G, T", [(16, 1, 5), (32, 7, 64), (80, 4, 1), (128, 16, 2), (256, 2, 5)]
+    "D, G, T", [(16, 1, 5), (32, 7, 64), (80, 4, 1), (128, 16, 2), (256, 2, 5), (512, 8, 3)]
 )
 def test_shapes(make_cache, assert_accurate, dtype, D, G, T):
     check(make_cache([150, 149], D=D, G=G, T=T, N=151, dtype=dtype), assert_accurate)

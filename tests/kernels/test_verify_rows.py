@@ -13,6 +13,7 @@ from std_kernels import _blocks, cpu_verify
 NAN = float("nan")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [(8, 1, 32), (2, 4, 32), (3, 3, 64), (4, 7, 128), (1, 6, 16), (1, 16, 80), (2, 1, 256)]
+SHAPES += [(1, 8, 512)]
 SHAPES += [(2, 2, 24)]  # rows of 96 bytes, which start anywhere in a cache line
 SINKS = torch.linspace(-3, 5, 32)
 OPTIONS = {

@@ -63,7 +63,8 @@ def test_options(small_cache, assert_accurate, options, W):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     "D, G, W",
-    [(16, 1, 5), (32, 7, 9), (64, 8, 2), (80, 4, 1), (96, 3, 2), (128, 16, 3), (256, 2, 7)],
+    [(16, 1, 5), (32, 7, 9), (64, 8, 2), (80, 4, 1), (96, 3, 2), (128, 16, 3), (256, 2, 7)]
+    + [(512, 3, 4)],
 )
 def test_shapes(small_cache, assert_accurate, dtype, D, G, W):
     check(small_cache([150], D=D, G=G, T=W, N=151, dtype=dtype), assert_accurate)

@@ -1,9 +1,11 @@
+import math
+
 import torch
 import triton
 import triton.language as tl
 
 from std_kernels import _tuning
-from std_kernels._device import cast, dot, tanh
+from std_kernels._device import PARTIAL_PAD, cast, dot, merge_kernel, tanh
 
 INF, NAN = float("inf"), float("nan")
 
@@ -69,5 +71,27 @@ def test_every_device_finds_a_row():
     wanted = {(row.op, row.kernel, row.dtype, row.head_dim > 0) for row in _tuning.TABLE}
     for op, kernel, dtype, has_head_dim in wanted:
         for arch in (*_tuning.TARGETS, "default", "interpreter"):
-            for head_dim in (16, 64, 72, 128, 136, 256) if has_head_dim else (0,):
+            for head_dim in (16, 64, 72, 128, 136, 256, 512) if has_head_dim else (0,):
                 assert _tuning.config(op, kernel, arch, dtype, head_dim, 1 << 20).split > 0
+
+
+def test_what_a_split_left_unwritten_does_not_count():
+    """The merge asks for values before it knows whether they are any."""
+    rows, splits, D = 3, 5, 16
+    partial = torch.randn(1, splits, rows, D + PARTIAL_PAD)
+    partial[..., D:] = NAN  # padding
+    lse = partial[..., D] = torch.randn(1, splits, rows)
+    for split, row in ((0, 0), (3, 0), (4, 1), (2, 2)):
+        lse[0, split, row] = -INF
+        partial[0, split, row, :D] = NAN
+    partial[..., D] = lse
+    out, found = torch.empty(1, rows, 1, D), torch.empty(1, 1, rows)
+    merge_kernel[(rows, 1)](
+        partial, None, None, None, out, found, rows, None, splits,
+        HKV=1, G=1, D=D, BLOCK_D=D, SPLIT=48, BLOCK_S=2, PDL=False,
+    )  # fmt: skip
+    weights = torch.softmax(lse[0].double() * math.log(2), 0)[..., None]
+    expected = (weights * partial[0, ..., :D].double().nan_to_num()).sum(0)
+    torch.testing.assert_close(out[0, :, 0].double(), expected, rtol=1e-5, atol=1e-6)
+    whole = torch.logsumexp(lse[0].double() * math.log(2), 0)
+    torch.testing.assert_close(found[0, 0].double(), whole, rtol=1e-5, atol=1e-6)

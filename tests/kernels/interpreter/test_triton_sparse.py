@@ -83,7 +83,8 @@ def test_options(small_cache, assert_accurate, options, T, empties):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     "D, G, T",
-    [(16, 1, 5), (32, 7, 6), (64, 8, 2), (80, 4, 1), (96, 3, 2), (128, 16, 2), (256, 2, 1)],
+    [(16, 1, 5), (32, 7, 6), (64, 8, 2), (80, 4, 1), (96, 3, 2), (128, 16, 2), (256, 2, 1)]
+    + [(320, 2, 1), (512, 8, 3)],
 )
 def test_shapes(small_cache, assert_accurate, dtype, D, G, T):
     cache = small_cache([150], D=D, G=G, T=T, N=151, dtype=dtype)

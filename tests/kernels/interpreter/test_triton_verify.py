@@ -74,7 +74,8 @@ def test_options(small_cache, assert_accurate, options, T):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     "D, G, T",
-    [(16, 1, 5), (32, 7, 9), (64, 8, 2), (80, 4, 1), (96, 3, 2), (128, 16, 3), (256, 2, 2)],
+    [(16, 1, 5), (32, 7, 9), (64, 8, 2), (80, 4, 1), (96, 3, 2), (128, 16, 3), (256, 2, 2)]
+    + [(320, 2, 3), (512, 3, 2)],
 )
 def test_shapes(small_cache, assert_accurate, dtype, D, G, T):
     check(small_cache([150], D=D, G=G, T=T, N=151, dtype=dtype), assert_accurate)
@@ -204,6 +205,7 @@ def test_a_row_is_the_same_bits_for_every_T(small_cache, merge_two_at_once, dtyp
 
 
 def test_a_row_is_the_same_bits_in_every_batch(small_cache, merge_two_at_once):
+    """Where splits are as long: here they always are, on a GPU for one number of rows."""
     cache = small_cache([150, 61, 9, 100], [0, 7, 3, 52], T=2)
     score_lse = torch.randn(4, 4, 2)
     args = (*cache.args(), score_lse, cache.kv_start)
@@ -243,5 +245,17 @@ def test_dispatcher_contract(small_cache):
     torch.library.opcheck(
         ops.verify_attention.default, (*cache.args(), *options), test_utils=utils
     )
-    args = (*cache.args(), torch.zeros(1, 4, 2), *options)
+    args = (*cache.args(), torch.zeros(1, 4, 2), *options, torch.empty(1, 1, 24))
     torch.library.opcheck(ops.verify_attention_with_scores.default, args, test_utils=utils)
+
+
+@pytest.mark.parametrize("T", [3, 9])  # rows of one tile, and of two that are added
+def test_scores_go_where_they_are_asked_to(small_cache, T):
+    """To one layer's place among others; no byte of the others changes."""
+    cache = small_cache([100, 70], [0, 20], T=T, N=130)
+    buffer = torch.full((3, 2, 1, 130), 7.0)
+    given = *cache.args(), torch.full(cache.query.shape[:3], 2.0)
+    own = sk.verify_attention_with_scores(*given, kv_start=cache.kv_start)
+    got = sk.verify_attention_with_scores(*given, kv_start=cache.kv_start, scores=buffer[1])
+    assert got[2].data_ptr() == buffer[1].data_ptr()
+    assert all(map(torch.equal, got, own)) and bool((buffer[::2] == 7).all())
