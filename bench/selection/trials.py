@@ -25,13 +25,13 @@ class _Layer(cache.BufferLayer):
     rule: Rule
     dense_lse: Any = None
 
-    def lse_estimate(self, count: int, padding: int = 0) -> Any:
+    def lse_estimate(self) -> Any:
         return self  # for `_verify_with_rows`, which asks further
 
     def row_estimate(self, lse: Tensor) -> Tensor:
         if self.rule.estimate == "exact":
             return lse
-        estimate = super().lse_estimate(lse.shape[2])
+        estimate = super().lse_estimate()
         if self.rule.estimate == "max" and self.dense_lse is not None:
             estimate = torch.maximum(estimate, self.dense_lse)
         return estimate
@@ -60,9 +60,15 @@ class _Layer(cache.BufferLayer):
 
 
 def _verify_with_rows(
-    query: Tensor, key: Tensor, value: Tensor, kv_len: Tensor, layer: _Layer, **options: Any
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    kv_len: Tensor,
+    layer: _Layer,
+    scores: Tensor | None = None,
+    **options: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """verify_attention_with_scores, but scores [1, Hkv, T, prompt] by row."""
+    """verify_attention_with_scores, but new scores [1, Hkv, T, prompt] by row."""
     out, lse = verify_attention(query, key, value, kv_len, **options)
     heads, prompt = key.shape[1], layer.importance.shape[-1]
     rows = query.unflatten(1, (heads, -1))  # [1, Hkv, G, T, D]
@@ -70,8 +76,8 @@ def _verify_with_rows(
     logits -= layer.row_estimate(lse).unflatten(1, (heads, -1))[..., None]
     layer.dense_lse = lse[..., -1:]
     exponential = layer.rule.estimate in ("exact", "clamp")
-    scores = logits.clamp_(max=0).exp_() if exponential else logits.sigmoid_()
-    return out, lse, scores.sum(2)
+    share = logits.clamp_(max=0).exp_() if exponential else logits.sigmoid_()
+    return out, lse, share.sum(2)
 
 
 class _Engine(Engine):
@@ -99,6 +105,9 @@ class _Engine(Engine):
                 for layer in self.cache.selecting_layers:
                     layer.fold(agreed)
         return logits
+
+    def renew(self) -> None:
+        """Not before it is known which rows were right, see `verify`."""
 
     def takes_scores(self) -> bool:
         if self.rule.when == "alternate":

@@ -122,13 +122,16 @@ def _verify(attending: Attending) -> Tensor:
     tensors = query, attending.key, attending.value, _on(query, cache.span.kv_len)
     kv_start = _on(query, cache.kv_start)
     if attending.running.rescore and layer.window is None:
+        room = layer.scores
         out, _, scores = verify_attention_with_scores(
             *tensors,
-            layer.lse_estimate(query.shape[2], attending.running.padding),
+            layer.lse_estimate(),
             kv_start=kv_start,
+            scores=room,
             **attending.options,
         )
-        layer.weigh(scores)
+        if scores is not room:  # not this library's op
+            layer.weigh(scores)
         return out
     out, _ = verify_attention(
         *tensors, kv_start=kv_start, window=layer.window, **attending.options

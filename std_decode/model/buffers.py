@@ -13,12 +13,6 @@ if TYPE_CHECKING:
 
 NO_MASK = -(2**40)  # a key offset that no mask is ever asked for
 
-# Tokens per dense pass on the demo model at gamma 4: never re-selecting, going by the newest
-# scores alone, and with this: 4,096 video tokens and 64 keys 3.82, 3.77, 4.60; 256 keys 3.91,
-# 4.74, 4.85; 16,384 video tokens and 64 keys 3.99, 3.87, 4.69; 256 keys 3.87, 4.69, 4.69. By the
-# exact softmax 4.84 to 4.95. What ties with this and what loses: bench/results/selection.md.
-FADE = 0.9
-
 
 class BufferLayer(CacheLayerMixin):
     """One decoder layer's keys and values, ``[B, Hkv, capacity, D]``, and what steers its drafts.
@@ -29,7 +23,10 @@ class BufferLayer(CacheLayerMixin):
         past: the layer of the caller's cache that this one goes on from, or None.
         indices: selected key positions, int32 ``[B, Hkv, K]``, ascending, padded with -1.
         importance: what the prompt's keys compete by, float32 ``[B, Hkv, S]``.
-        lse: log-sum-exp of each draft step of the round, float32 ``[B, Hq, gamma]``.
+        query_heads: Hq.
+        newest_lse: log-sum-exp of the newest draft step, float32 ``[B, Hq, 1]``.
+        group, place: what the layer shares with others (`LayerGroup`), and its place among them;
+            None before the first selection.
     """
 
     is_compileable = False
@@ -44,7 +41,10 @@ class BufferLayer(CacheLayerMixin):
         self.past: Any = None
         self.indices: Any = None
         self.importance: Any = None
-        self.lse: Any = None
+        self.query_heads = 0
+        self.newest_lse: Any = None
+        self.group: Any = None
+        self.place = 0
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
@@ -120,45 +120,29 @@ class BufferLayer(CacheLayerMixin):
 
     def weigh_prompt(self, scores: Tensor, query_heads: int) -> None:
         """Begin with the importance that prefill's scores tell, ``[B, Hkv, S]``, used up."""
-        if self.lse is None:
-            self.lse = scores.new_empty(len(scores), query_heads, self.owner.most_drafts)
+        self.query_heads = query_heads
         share = scores.div_(scores.sum(dim=-1, keepdim=True).clamp_(min=1e-30))
         if self.importance is None:
             self.importance = share
         else:
             self.importance[..., : share.shape[-1]] = share  # what is beyond is no candidate
 
-    def weigh(self, scores: Tensor) -> None:
-        """Renew the importance from the newest scores ``[B, Hkv, N]``, which are used up.
+    @property
+    def scores(self) -> Tensor:
+        """Where a verification is to leave this layer's scores, ``[B, Hkv, capacity]``."""
+        return self.group.scores[self.place]
 
-        A key's importance is its share of the attention of the round in which it mattered most,
-        fading by `FADE` a round: what was needed lately is often needed again. In place, because
-        all layers' importance is one tensor and so is selected from in one call.
-        """
-        share = scores[..., : self.importance.shape[-1]]
-        if self.owner.is_prompt is not None:
-            share *= self.owner.is_prompt.to(share.device)
-        share /= share.sum(dim=-1, keepdim=True).clamp_(min=1e-30)
-        # NaN, of a draft that is no number, is left out: it would stay for ever.
-        torch.fmax(self.importance.mul_(FADE), share, out=self.importance)
+    def weigh(self, scores: Tensor) -> None:
+        """Hand in the newest scores ``[B, Hkv, N]``, for `LayerGroup.renew`."""
+        self.scores.copy_(scores)
 
     def note_lse(self, lse: Tensor) -> None:
-        """Keep a draft step's log-sum-exp, ``[B, Hq, 1]``, as an estimate for verification."""
-        self.lse.index_copy_(2, self.owner.ahead.to(lse.device), lse)
+        """Keep a draft step's log-sum-exp, ``[B, Hq, 1]``, for `LayerGroup.note_lse`."""
+        self.newest_lse = lse
 
-    def lse_estimate(self, count: int, padding: int = 0) -> Tensor:
-        """What the log-sum-exp of the `count` verified rows will be about, ``[B, Hq, count]``.
-
-        It is that of the draft step of the same token, which saw fewer keys and is a little low.
-        No draft step saw the last row: the step before it stands in. Rows that are `padding` give
-        no scores.
-        """
-        last = count - padding - 1
-        parts = [self.lse[..., :last], self.lse[..., last - 1 : last]]
-        if padding:
-            none = self.lse.new_full((), torch.inf)
-            parts.append(none.expand(*self.lse.shape[:-1], padding))
-        return torch.cat(parts, -1)
+    def lse_estimate(self) -> Tensor:
+        """What the log-sum-exp of the verified rows will be about, ``[B, Hq, T]``."""
+        return self.group.estimate[self.place]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Length and offset of the keys to mask; the offset tells that none need masking."""

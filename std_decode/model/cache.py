@@ -83,8 +83,6 @@ class SparseToDenseCache(Cache):
         longest: the largest of them, as the host knows it.
         ahead: drafts of this round that lie behind them, int64 ``[1]``.
         tail_start: where the keys begin that no selection covers, int32 ``[B]``.
-        is_prompt: 1 where importance is of a key of the prompt, float32 ``[B, 1, S]``; None where
-            it is of no other.
         prefilling: until the prompt is read.
         prompt: tokens that were there when it had been.
         answer: stands in for the model in forward calls that carry this cache.
@@ -106,7 +104,6 @@ class SparseToDenseCache(Cache):
         self.tail_start = torch.zeros(batch, dtype=torch.int32, device=device)
         self.kv_start: Tensor | None = None
         self.order: Tensor | None = None
-        self.is_prompt: Tensor | None = None
         self._rows = torch.arange(batch, device=device)[:, None]
         self.answer: Any = None
 
@@ -179,8 +176,6 @@ class SparseToDenseCache(Cache):
         if self.order is not None:
             for layer in self.layers:
                 layer.arrange(self.order)
-        if self.is_prompt is not None:
-            self.is_prompt.zero_()[..., : self.prompt] = 1
         self.prefilling = False
 
     def to_dynamic(self, *, keep: bool) -> None:

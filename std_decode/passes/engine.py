@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from std_decode.model.cache import CACHE, BufferLayer, SparseToDenseCache
+from std_decode.model.cache import CACHE, SparseToDenseCache
+from std_decode.model.layer_group import LayerGroup, group_layers
 from std_decode.model.running_pass import Pass, Phase, compiled_for, uncompiled
 from std_decode.model.selection_rules import Selection
 from std_decode.model.switch import attention_of
@@ -92,18 +93,12 @@ class Engine:
         self.config, self.layers = config, layers
         self.cache, self.graphs = cache, graphs
         self.wants_reselection, self.compiles = reselect, compiles
-        # Layers of one device, their importance in one tensor, and their index lists in another,
-        # [layers, B, Hkv, S] and [layers, B, Hkv, K].
-        self.groups: list[tuple[list[BufferLayer], Tensor, Tensor]] = []
+        self.groups: list[LayerGroup] = []
         self.inputs: dict[Hashable, dict[str, Tensor]] = {}  # of captured passes
         # With graphs, what the shapes of captured passes follow from, beside the cache.
         self.key: Hashable = None
         self.uneven = False  # whether a product of one row depended on the others of the batch
         self.columns, self.width = cache.capacity, 0  # of importance and of index lists
-        if graphs is not None:
-            cache.is_prompt = cache.lengths.new_zeros(
-                len(cache.lengths), 1, self.columns, dtype=torch.float32
-            )
 
     def fits(self, key: Hashable, prompt: int, room: int) -> bool:
         """Whether a call of such shapes can use this engine's buffers and captured passes."""
@@ -261,6 +256,8 @@ class Engine:
             scored: whether the importance of the prompt's keys is renewed.
         """
         with self.clock.timed("verify" if tokens.shape[1] > 1 else "dense"):
+            for group in self.groups if scored else ():
+                group.make_room(self.cache.capacity)  # which has grown since the first, perhaps
             logits = self.step("verify", *self.pad(tokens, positions), shared, scored)
         return logits[:, : tokens.shape[1]]
 
@@ -344,15 +341,27 @@ class Engine:
         if phase == "draft":
             running.twins = self.twins
             with nullcontext() if self.twins is None else self.twins.reading():
-                return self.run(running, inputs).logits
+                logits = self.run(running, inputs).logits
+            for group in self.groups:
+                group.note_lse(self.cache.ahead)
+            return logits
         if (tokens.numel() == 1 and self.own_attention) or self.promise.kind == "unpatched":
             running.alone = self.cache.lengths.tolist()
         # A compiler fuses what portions would be of, and rounds alike wherever a token is.
         portions = None if self.compiled is not None else self.promise.portions(*tokens.shape)
+        for group in self.groups if rescore else ():
+            group.expect(tokens.shape[1], padding)
         with nullcontext() if portions is None else portions:
             logits = self.run(running, inputs).logits
         self.uneven |= portions is not None and portions.uneven
+        if rescore:
+            self.renew()
         return logits
+
+    def renew(self) -> None:
+        """Renew the importance of keys from the scores that a verification has left."""
+        for group in self.groups:
+            group.renew(self.cache.tail_start)
 
     def run(self, running: Pass, inputs: dict[str, Any]) -> Any:
         inputs = {**inputs, CACHE: self.cache, "use_cache": True, "return_dict": True}
@@ -368,30 +377,18 @@ class Engine:
         """Pick each layer's and KV head's keys for the next drafts, by their importance."""
         with self.clock.timed("select"):
             if not self.groups:
-                self.group_layers(selection)
-            for _, importance, indices in self.groups:
+                self.groups = group_layers(self.cache.selecting_layers, selection)
+            for group in self.groups:
+                if self.reselects:
+                    group.make_room(self.cache.capacity)
+                device = group.importance.device
                 chosen = select_topk(
-                    importance,
-                    indices.shape[-1],
-                    candidates=selection.candidates.to(importance.device),
-                    always=selection.always.to(importance.device),
+                    group.importance,
+                    group.indices.shape[-1],
+                    candidates=selection.candidates.to(device),
+                    always=selection.always.to(device),
                 )
-                indices.copy_(chosen)
-
-    def group_layers(self, selection: Selection) -> None:
-        """Give the layers of each device one tensor to be selected from in one call."""
-        by_device: dict[torch.device, list[BufferLayer]] = {}
-        for layer in self.cache.selecting_layers:
-            by_device.setdefault(layer.importance.device, []).append(layer)
-        for layers in by_device.values():
-            batch, heads, length = layers[0].importance.shape
-            shape = (len(layers), batch, heads)
-            importance = layers[0].importance.new_zeros(*shape, selection.always.shape[1])
-            indices = importance.new_empty(*shape, selection.width, dtype=torch.int32)
-            for layer, own, chosen in zip(layers, importance, indices):
-                own[..., :length] = layer.importance
-                layer.importance, layer.indices = own, chosen
-            self.groups.append((layers, importance, indices))
+                group.indices.copy_(chosen)
 
     def spent(self) -> tuple[float, float, float]:
         """Seconds so far of draft steps, of all other stages of rounds, and of first uses.
@@ -405,5 +402,5 @@ class Engine:
 
     @property
     def workspace(self) -> int:
-        """Bytes that selection keeps: importance and index lists."""
-        return sum(x.nbytes + y.nbytes for _, x, y in self.groups)
+        """Bytes that selection keeps: importance, index lists and scores."""
+        return sum(group.nbytes for group in self.groups)

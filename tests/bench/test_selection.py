@@ -1,6 +1,7 @@
 """`bench selection`: hooks that follow the library where they are to, and runs that go on."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -35,7 +36,7 @@ def test_every_round_is_the_library_s_rule(narrator, monkeypatch):
 
     def note(self, selection):
         select(self, selection)
-        selected.append(self.groups[0][2].clone())
+        selected.append(self.groups[0].indices.clone())
 
     monkeypatch.setattr(Engine, "select", note)
     ours = narrator.narrate("library", 16)
@@ -94,11 +95,11 @@ def test_scores_of_rows_add_up_to_the_op_s(estimate):
         RULES[{"draft": "every round"}.get(estimate, estimate)],
         key[..., 0][..., :30],
     )
-    layer.lse = torch.randn(1, 4, 2)
+    layer.group = SimpleNamespace(estimate=torch.randn(1, 1, 4, 3))
     out, lse, rows = _verify_with_rows(query, key, value, kv_len, layer, scale=0.2)
     assert torch.equal(out, verify_attention(query, key, value, kv_len, scale=0.2)[0])
     if estimate == "draft":
-        score_lse = BufferLayer.lse_estimate(layer, 3)
+        score_lse = BufferLayer.lse_estimate(layer)
         whole = verify_attention_with_scores(query, key, value, kv_len, score_lse, scale=0.2)
         torch.testing.assert_close(rows.sum(2), whole[2][..., :30])
     else:

@@ -66,7 +66,7 @@ def test_no_pass_mixes_devices(rows, padded):
             )
     assert tokens.device == first and logits.device == second
     assert [layer.indices.device for layer in cache.layers] == [first, second, second]
-    assert [len(layers) for layers, _, _ in engine.groups] == [1, 2]
+    assert [len(group.layers) for group in engine.groups] == [1, 2]
 
 
 class Never(StoppingCriteria):

@@ -8,7 +8,8 @@ import torch
 import std_decode
 import std_kernels
 from std_decode.admission import bits
-from std_decode.model import alone, attention, cache
+from std_decode.model import alone, attention
+from std_decode.model.layer_group import lse_estimate
 from std_decode.passes import engine
 from std_decode.rounds.sampling import STATELESS
 from tests.decode.families import FAMILIES
@@ -215,7 +216,7 @@ def keys_backwards(query, key, value, kv_len, **options):
     return torch.cat(outs, dim=2), None
 
 
-def scored_backwards(query, key, value, kv_len, score_lse, **options):
+def scored_backwards(query, key, value, kv_len, score_lse, scores=None, **options):
     given = query, key, value, kv_len
     scores = std_kernels.verify_attention_with_scores(*given, score_lse, **options)[2]
     return *keys_backwards(*given, **options), scores
@@ -277,8 +278,7 @@ def test_rows_are_padded_and_drafts_cut_to_what_a_pass_holds(make_half, monkeypa
 
 def test_padding_gives_no_scores():
     """Rows behind the newest draft have no estimate of their own, and none of an earlier round."""
-    layer = cache.BufferLayer(None, None)
-    layer.lse = torch.arange(7.0).expand(1, 2, 7)
-    estimate = layer.lse_estimate(8, padding=5)
+    lse = torch.arange(7.0).expand(1, 2, 7)
+    estimate = lse_estimate(lse, 8, padding=5)
     assert estimate[0, 1].tolist() == [0.0, 1.0, 1.0, *[torch.inf] * 5]
-    assert layer.lse_estimate(8)[0, 0].tolist() == [0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 6.0]
+    assert lse_estimate(lse, 8)[0, 0].tolist() == [0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 6.0]

@@ -92,7 +92,10 @@ def test_the_stats_state_what_selection_and_noise_keep(make_case):
         sampled = std_decode.last_stats(case.model)
     assert greedy.selected_keys == 4 + 64 + 16
     keys, layers, heads = 2 * 300, 3, 2
-    assert greedy.workspace_bytes == 4 * layers * heads * (keys + 2 * greedy.selected_keys)
+    scored = 2 * 512  # 300 + 120 tokens and 5 in a bucket
+    assert greedy.workspace_bytes == 4 * layers * heads * (
+        keys + scored + 2 * greedy.selected_keys
+    )
     assert sampled.workspace_bytes == greedy.workspace_bytes + 4 * 32 * 2 * 120
     assert "KV cache" in str(greedy) and "workspace" in str(greedy)
     with std_decode.patched(case.model, draft_length=0):
@@ -106,7 +109,8 @@ def buffers(model):
     if idle is None:
         return []
     layers = [x for layer in idle.cache.layers for x in (layer.keys, layer.values)]
-    return layers + [x for _, *group in idle.groups for x in group]
+    return layers + [x for group in idle.groups for x in (group.importance, group.indices,
+                                                          group.scores, group.lse)]  # fmt: skip
 
 
 class Memory:

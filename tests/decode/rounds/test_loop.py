@@ -20,10 +20,11 @@ def test_importance_is_the_best_share_lately():
     selection = plan_selection(
         torch.ones(1, 20, dtype=torch.bool), None, top_k_keys=2, new_tokens=20
     )
-    cache = SimpleNamespace(prompt=0, capacity=32, is_prompt=None, most_drafts=4)
+    cache = SimpleNamespace(prompt=0, capacity=32, most_drafts=4)
+    cache.tail_start = torch.tensor([20], dtype=torch.int32)
     layers = cache.selecting_layers = [BufferLayer(cache, None) for _ in range(2)]
     engine = Engine(None, {}, cache, True)
-    engine.clock = Clock(DecodeStats(), torch.device("cpu"))
+    engine.clock, engine.reselects = Clock(DecodeStats(), torch.device("cpu")), True
 
     def chosen(*scores):
         for layer in layers:
@@ -33,6 +34,8 @@ def test_importance_is_the_best_share_lately():
             for position, value in scores:
                 newest[..., position] = value
             layer.weigh(newest) if cache.prompt else layer.weigh_prompt(newest, 2)
+        if cache.prompt:
+            engine.renew()
         engine.select(selection)
         cache.prompt = 20
         assert torch.equal(layers[0].indices, layers[1].indices)
