@@ -177,26 +177,35 @@ def workload_of(model: Any, top_k_keys: int, twins: Twins | None = None) -> Work
         own = sum(twin.weight.nbytes for twin in twins.twins)
         four_bit = weights - own + twins.planned_bytes
     config = model.get_decoder().config
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    token = 2 * heads * width * model.get_input_embeddings().weight.element_size()
     windows = [getattr(x, "sliding_window", None) for x in DynamicCache(config=config).layers]
+    # Gemma 4 has heads of another width, and of another number, where there is no window.
+    alike = [config] * len(windows)
+    widths = map(_token_width, getattr(config, "per_layer_config", None) or alike)
+    size = model.get_input_embeddings().weight.element_size()
+    tokens = [(width * size, window) for width, window in zip(widths, windows)]
     experts, share = experts_of(model)
     idle = (1 - share) * sum(weight.numel() for weight in experts)
     return Workload(
         weight_bytes=weights,
         parameters=sum(weight.numel() for weight in read) - idle,
-        kv_bytes=token * windows.count(None),
+        kv_bytes=sum(token for token, window in tokens if window is None),
         batch=1,
         context=min(CONTEXT, getattr(config, "max_position_embeddings", CONTEXT)),
         draft_keys=top_k_keys,
         draft_weight_bytes=four_bit,
-        window_bytes=token * sum(filter(None, windows)),
+        window_bytes=sum(token * window for token, window in tokens if window),
         expert_bytes=sum(weight.nbytes for weight in experts),
         expert_share=share,
         layers=config.num_hidden_layers,
         kv_heads=heads,
     )
+
+
+def _token_width(config: Any) -> int:
+    """Numbers that a token's key and value have in a layer."""
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return 2 * heads * width
 
 
 def weights_of_step(model: Any) -> list[Tensor]:

@@ -95,7 +95,8 @@ def gemma4():
     config = transformers.Gemma4Config(
         text_config=dict(
             **TEXT,
-            head_dim=16,  # of the windows; the other layers have 512 by default
+            head_dim=16,  # of the windows
+            global_head_dim=520,  # more than its checkpoints have
             sliding_window=24,
             layer_types=["sliding_attention", "sliding_attention", "full_attention"],
             hidden_size_per_layer_input=0,

@@ -90,3 +90,21 @@ def qwen3(rows: int) -> tuple[Any, dict[str, Tensor]]:
 
     model = Qwen3ForCausalLM(Qwen3Config(**TEXT, head_dim=16))
     return model, padded([words(90 - 7 * row) for row in range(rows)])
+
+
+@family("Gemma 4, text", "text", "a head dim of 512 in layers without a window, head norms")
+def gemma4(rows: int) -> tuple[Any, dict[str, Tensor]]:
+    """Layers without a window have a head dim of their own, and values that are the keys."""
+    from transformers import Gemma4ForCausalLM, Gemma4TextConfig
+
+    config = Gemma4TextConfig(
+        **TEXT,
+        head_dim=16,
+        global_head_dim=512,
+        sliding_window=24,
+        layer_types=["sliding_attention", "full_attention", "full_attention"],
+        hidden_size_per_layer_input=0,
+        num_kv_shared_layers=0,
+        tie_word_embeddings=False,
+    )
+    return Gemma4ForCausalLM(config), padded([words(90 - 7 * row) for row in range(rows)])
