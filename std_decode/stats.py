@@ -57,10 +57,10 @@ class DecodeStats:
         calls: forward passes (for "select": selections) per stage.
         kv_cache_bytes: the call's K/V buffers, at their capacity (they grow by bucket).
         workspace_bytes: what else the call keeps: importance of the prompt's keys, float32
-            ``[B, Hkv, S]`` a layer; index lists, int32 ``[B, Hkv, selected_keys]`` a layer; and
-            when sampling a ring of random numbers, float32 ``[steps, B, V]`` with at most 32 steps
-            or the longest draft and one. Besides, one layer's scores, float32
-            ``[B, Hkv, capacity]``, come and go in each verification.
+            ``[B, Hkv, S]`` a layer; index lists, int32 ``[B, Hkv, selected_keys]`` a layer; where
+            verification renews the selection its scores, float32 ``[B, Hkv, capacity]`` a layer
+            (at head dim 128 in 16 bits 1/128 of the KV cache); and when sampling a ring of random
+            numbers, float32 ``[steps, B, V]`` with at most 32 steps or the longest draft and one.
         peak_memory_bytes: peak allocated on the CUDA device since the call began; on the CPU the
             peak resident size of the process so far (0 on Windows).
     """
