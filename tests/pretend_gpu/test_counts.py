@@ -139,3 +139,37 @@ def test_a_read_while_capturing_is_refused():
     number.fill_(4)
     graph.replay()
     assert int(more) == 5
+
+
+def test_attention_of_a_layer_is_one_op(on_gpu, monkeypatch):
+    """What its launches are beside that, in drafts and in verifications that score: none."""
+    from std_decode.model.attention import Attending
+
+    seen, plain = [], Attending.__call__
+
+    def watched(self):
+        before = ledger.launches.copy()
+        out, _ = result = plain(self)
+        assert out.is_contiguous()
+        if self.running.phase != "prefill":
+            seen.append((self.running.phase, self.running.rescore, ledger.launches - before))
+        return result
+
+    monkeypatch.setattr(Attending, "__call__", watched)
+    case = on_gpu("llama", top_k_keys=8)
+    # More than the lists hold: their lengths are rounded up to 256.
+    case.inputs = {"input_ids": torch.randint(7, 99, (1, 400), device="cuda")}
+    for _ in range(2):
+        case.generate(max_new_tokens=21)
+    found = {(phase, rescore): launched for phase, rescore, launched in seen}
+    assert all(launched == found[phase, rescore] for phase, rescore, launched in seen)
+    assert found["draft", False] == {"std_kernels.sparse_attention.default": 1}
+    assert found["verify", True] == {"std_kernels.verify_attention_with_scores.default": 1}
+    # And of all layers one for the importance.
+    layers = len(case.model._std_decode.layers)
+    rescored = [c for c in ledger.captured if "std_kernels.renew_importance.default" in c]
+    assert rescored
+    for captured in rescored:
+        assert captured["std_kernels.renew_importance.default"] == 1
+        assert captured["std_kernels.verify_attention_with_scores.default"] == layers
+        assert captured["aten.index_copy_.default"] == 2 * layers  # keys and values
