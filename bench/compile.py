@@ -26,7 +26,10 @@ HEAD_DIMS = (64, 120, 128, 256, 512)
 # a jump back. A sample is of single keys. Where
 # 16 warps read a row again, a thread has 8 keys, and 8 bytes of each mask of them.
 # What a product is multiplied with is short: its weights are judged by `judge_product`.
-MAX_NARROW = {"merge": 1.0, "rope": 1.0, "sample": 1.0, "list": 0.4, "sparse": 0.6, "int4": 0.7, "": 0.25}  # fmt: skip
+MAX_NARROW = {
+    **{"merge": 1.0, "rope": 1.0, "sample": 1.0},
+    **{"list": 0.4, "sparse": 0.6, "int4": 0.7, "": 0.25},
+}
 # Of the product with 4-bit weights: an H200 issues 3.7 instructions in the time that it takes to
 # read a weight, and has to have 32 KiB on their way to an SM to read at full speed.
 MOST_INSTRUCTIONS = 4.0  # for a weight, of the kernel without tensor cores

@@ -197,15 +197,18 @@ def workload_of(model: Any, top_k_keys: int, twins: Twins | None = None) -> Work
         expert_bytes=sum(weight.nbytes for weight in experts),
         expert_share=share,
         layers=config.num_hidden_layers,
-        kv_heads=heads,
+        kv_heads=_kv_heads(config),
     )
 
 
 def _token_width(config: Any) -> int:
     """Numbers that a token's key and value have in a layer."""
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return 2 * heads * width
+    return 2 * _kv_heads(config) * width
+
+
+def _kv_heads(config: Any) -> int:
+    return getattr(config, "num_key_value_heads", None) or config.num_attention_heads
 
 
 def weights_of_step(model: Any) -> list[Tensor]:
