@@ -183,6 +183,7 @@ def patch(
             fused,
         )
         drafting.attach()
+        fused.join(drafting.twins)
         tried.take_as_it_is(target)
         target.__class__ = patched_class.patched_class(own)
     except BaseException:

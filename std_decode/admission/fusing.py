@@ -122,6 +122,12 @@ class Fused:
         for norm in self.norms:
             norm.__class__ = own_class(type(norm))
 
+    def join(self, twins: Any) -> None:
+        """Have drafts read the 4-bit weights `twins` (None: they read none) of several layers as
+        one."""
+        for fusion in self.fusions if twins is not None else ():
+            fusion.join(twins)
+
     def of_call(self, model: PreTrainedModel, promise: Promise) -> tuple[Fused | None, dict]:
         """What a call runs fused, and what its stats say of it."""
         because = self.off

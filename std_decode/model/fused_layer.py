@@ -123,6 +123,11 @@ class Fusion:
         """Those that are packed."""
         return self.qkv, self.gate_up
 
+    def join(self, twins: Any) -> None:
+        """Have the twins of layers with the same input be one, before any pass is captured."""
+        for joint in (*self.joints, self.out, self.down):
+            joint.twin_of(twins)
+
     def runs_in(self, running: Pass) -> bool:
         return running.fused is self.owner and self.active
 
@@ -144,17 +149,23 @@ class Fusion:
         query, keys, values = self._projected(running, normed, position_embeddings)
         kwargs.pop(CACHE, None)
         attended = self._attended(running, query, keys, values, attention_mask, kwargs)
-        delta = self.out(attended, running.twins)
-        rows, normed = add_rms_norm(rows, delta, second.weight, second.variance_epsilon)
-        gate_up = self.gate_up(normed.view_as(states), running.twins)
-        delta = self.down(silu_mul(gate_up).unflatten(0, states.shape[:2]), running.twins)
+        rows, normed = self._added(rows, self.out(attended, running.twins), second)
+        gate_up, bias = self.gate_up(normed.view_as(states), running.twins)
+        active = silu_mul(gate_up, bias=bias, dtype=states.dtype)
+        delta = self.down(active.unflatten(0, states.shape[:2]), running.twins)
+        # Where nobody knows what comes next, any norm will do, and is for nothing.
         after = self.norm_after
-        if after is None:
-            return (rows + delta).view_as(states)
-        rows, normed = add_rms_norm(rows, delta, after.weight, after.variance_epsilon)
+        rows, normed = self._added(rows, delta, second if after is None else after)
         result = rows.view_as(states)
-        running.normed = after, result, _version(result), normed.view_as(states)
+        if after is not None:
+            running.normed = after, result, _version(result), normed.view_as(states)
         return result
+
+    def _added(
+        self, rows: Tensor, product: tuple[Tensor, Tensor | None], norm: Any
+    ) -> tuple[Tensor, Tensor]:
+        delta, bias = product
+        return add_rms_norm(rows, delta, norm.weight, norm.variance_epsilon, bias=bias)
 
     def _projected(
         self, running: Pass, normed: Tensor, rotation: tuple[Tensor, Tensor]
@@ -169,7 +180,7 @@ class Fusion:
                 k_norm=attention.k_norm.weight,
                 eps=attention.q_norm.variance_epsilon,
             )
-        qkv = self.qkv(normed, running.twins)
+        qkv, options["bias"] = self.qkv(normed, running.twins)
         slots = running.cache.span.slots.to(cached.device)
         query = rope_write(qkv, *rotation, slots, cached.keys, cached.values, **options)
         return query, cached.keys, cached.values

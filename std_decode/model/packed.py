@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-PLAIN: set[type] = {Tensor}  # kinds of data that slices can stand in for
+PLAIN: set[type] = {Tensor}  # kinds of data that are numbers in memory, and no more
 
 
 class Joint:
@@ -31,18 +31,40 @@ class Joint:
         self.layers = layers
         self.weight: Tensor | None = None
         self.bias: Tensor | None = None
+        self._twin: tuple[Any, Any] | None = None
 
-    def __call__(self, input: Tensor, twins: Any) -> Tensor:
-        """Their products ``[R, N]`` with an input ``[B, T, K]``, biases included.
+    def __call__(self, input: Tensor, twins: Any) -> tuple[Tensor, Tensor | None]:
+        """Their products with an input ``[B, T, K]``, as `add_rms_norm` and its like take them.
 
         Args:
             twins: whose 4-bit weights the pass reads, or None.
+
+        Returns:
+            ``[R, N]`` with the biases and None; or of twins float32 partials ``[S, R, N]`` and the
+            biases ``[N]``, or None where there are none.
         """
-        if twins is None and self.weight is not None:
-            return F.linear(input, self.weight, self.bias).flatten(0, 1)
+        twin = self.twin_of(twins)
+        if twin is not None:
+            return twin.partials(input), self._biases()
+        if self.weight is not None:
+            return F.linear(input, self.weight, self.bias).flatten(0, 1), None
         products = [layer(input) for layer in self.layers]
         whole = products[0] if len(products) == 1 else torch.cat(products, dim=-1)
-        return whole.flatten(0, 1)
+        return whole.flatten(0, 1), None
+
+    def twin_of(self, twins: Any) -> Any:
+        """The 4-bit twins of these layers as one; None where none of them has one."""
+        if twins is None:
+            return None
+        if self._twin is None or self._twin[0] is not twins:
+            self._twin = twins, twins.joint(self.layers)
+        twin = self._twin[1]
+        return twin if any(x is not None and x.packed is not None for x in twin.twins) else None
+
+    def _biases(self) -> Tensor | None:
+        if self.bias is not None or len(self.layers) > 1:
+            return self.bias
+        return self.layers[0].bias
 
     @property
     def parameters(self) -> list[nn.Parameter]:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 import std_kernels as sk
+from std_decode.model.packed import PLAIN
 from std_decode.weights.rounding import fit
 
 GROUPS = (128, 64, 32)  # the first that divides a row is taken
@@ -62,7 +63,7 @@ def no_kernel(device: torch.device) -> str | None:
 
 def refusal(weight: Tensor) -> str | None:
     """Why a weight ``[N, K]`` cannot have a 4-bit copy, or None."""
-    if type(weight.data) is not Tensor:
+    if type(weight.data) not in PLAIN:
         return f"a weight of type {type(weight.data).__name__}"
     if weight.dtype not in FLOATS:
         return f"a weight of {str(weight.dtype).removeprefix('torch.')}"

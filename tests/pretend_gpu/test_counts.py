@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import std_decode
+from std_decode.passes import pool
 from std_decode.rounds.lookup import Found, Lookup
 from tests.decode.conftest import make_case  # noqa: F401
 from tests.decode.families import base
@@ -16,7 +17,8 @@ pytestmark = [
 FAMILIES = ["llama", "qwen2_vl"]
 PATCH = dict(draft_length=4, top_k_keys=10_000)  # every key: all drafts agree
 FIVE = ["llama", "qwen2_vl", "qwen3_vl", "mistral", "llava_onevision"]
-LAUNCHES = 10  # of a layer in a pass, at most
+# Of a layer's attention in a pass, at most, as it is now; 2 would make 10 launches of a layer.
+ATTENTION = {"draft": 3, "verify": 3, "verify with scores": 10}
 # Of a fused layer, without its attention.
 OWN = {"_add_rms_norm_kernel": 2, "_rope_write_kernel": 1, "_silu_mul_kernel": 1}
 PRODUCTS = 4
@@ -87,7 +89,12 @@ def test_look_ups_cost_a_copy_and_no_wait(on_gpu, monkeypatch, rows):
 
 def launches(on_gpu, monkeypatch, family, layers, **options):
     """Those of a draft or dense pass and of a verification, as they were captured."""
-    monkeypatch.setitem(base.TEXT, "num_hidden_layers", layers)
+    # With sizes whose 4-bit weights lie side by side.
+    sizes = dict(num_hidden_layers=layers, hidden_size=128, intermediate_size=128)
+    # Whole buckets of selected keys would be all that these prompts have.
+    monkeypatch.setattr(pool, "bucket", lambda tokens: tokens)
+    for name, size in sizes.items() if family == "qwen2" else [("num_hidden_layers", layers)]:
+        monkeypatch.setitem(base.TEXT, name, size)
     case = on_gpu(family, **options)
     stats = std_decode.last_stats(case.model)
     assert stats.fused_layers == layers and stats.eager_because is None
@@ -96,20 +103,24 @@ def launches(on_gpu, monkeypatch, family, layers, **options):
 
 @pytest.mark.parametrize("family, options", [
     *((family, dict(top_k_keys=8)) for family in FIVE),  # verification scores the keys
-    ("llama", {}),
+    ("qwen2", dict(draft_weights="int4")),
     ("llama", dict(draft_length=0)),
 ])  # fmt: skip
 def test_launches_of_a_layer(on_gpu, monkeypatch, family, options):
-    """With one layer more: what it launches more."""
+    """With one layer more: what it launches more. Eight, and its attention's."""
     few, many = (launches(on_gpu, monkeypatch, family, n, **options) for n in (1, 2))
-    assert len(few) == len(many) == (1 if options.get("draft_length") == 0 else 2)
-    for before, after in zip(few, many):
+    kinds = ["draft", "verify with scores" if "top_k_keys" in options else "verify"]
+    kinds = kinds[1:] if options.get("draft_length") == 0 else kinds
+    for kind, before, after in zip(kinds, few, many, strict=True):
         layer = dict(after - before)
-        products = sum(layer.pop(name, 0) for name in ("aten.mm.default", "aten.addmm.default"))
-        assert products == PRODUCTS
-        own = {name: layer.pop(name) for name in OWN}
-        assert own == OWN
-        assert PRODUCTS + sum(own.values()) + sum(layer.values()) <= LAUNCHES, layer
+        products = [
+            name for name in layer if "int4" in name or name.startswith(("aten.mm", "aten.addmm"))
+        ]
+        if "draft_weights" in options and kind == "draft":
+            assert all("int4" in name for name in products), layer
+        assert sum(layer.pop(name) for name in products) == PRODUCTS, after - before
+        assert {name: layer.pop(name) for name in OWN} == OWN
+        assert sum(layer.values()) <= ATTENTION[kind], layer
 
 
 def test_prompts_of_other_lengths_compile_nothing(on_gpu):
