@@ -22,6 +22,9 @@ class Attention(nn.Module):
     def get_decoder(self):
         return self
 
+    def get_input_embeddings(self):
+        return self.layers[0]  # its type is asked for; in training nothing is read with it
+
     def get_output_embeddings(self):
         return None
 
@@ -95,7 +98,7 @@ def test_layers_that_do_not_go_together_are_multiplied_one_by_one(shared, kind, 
         monkeypatch.setattr(quantize, "reads_slices", lambda device: shared)
         monkeypatch.setattr(
             quantize, "quantize",
-            lambda weight: first if weight is model.layers[0].weight else plain(weight),
+            lambda weight, *more: first if weight is model.layers[0].weight else plain(weight, *more),
         )  # fmt: skip
     twins, given = Twins(model), torch.randn(5, 64)
     joint = twins.joint(list(model.layers))
