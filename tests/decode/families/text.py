@@ -92,9 +92,14 @@ def qwen3(rows: int) -> tuple[Any, dict[str, Tensor]]:
     return model, padded([words(90 - 7 * row) for row in range(rows)])
 
 
-@family("Gemma 4, text", "text", "a head dim of 512 in layers without a window, head norms")
+@family(
+    "Gemma 4, text",
+    "text",
+    "a head dim of 512 in layers without a window, head norms",
+    since="5.24",
+)
 def gemma4(rows: int) -> tuple[Any, dict[str, Tensor]]:
-    """Layers without a window have a head dim of their own, and values that are the keys."""
+    """Layers without a window have a head dim of their own."""
     from transformers import Gemma4ForCausalLM, Gemma4TextConfig
 
     config = Gemma4TextConfig(
