@@ -72,9 +72,9 @@ def same_tokens(case, mode):
 @pytest.mark.parametrize("mode", ["ragged", "lockstep"])
 @pytest.mark.parametrize("rows", [1, 3])
 def test_what_repeats_is_found(make_case, rows, mode):
-    case = make_case("llama", 1, rows, max_new_tokens=40, **REPEATS)
+    case = make_case("llama", 1, rows, max_new_tokens=60, **REPEATS)
     stats = compare(case, **watching(mode))
-    assert stats.lookup_accepted > 0.7 * stats.lookup_drafted > 15 * rows
+    assert stats.lookup_accepted > 0.7 * stats.lookup_drafted > 20 * rows
     assert stats.lookup_rounds > 0.5 * stats.rounds
 
 
