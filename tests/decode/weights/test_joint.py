@@ -44,6 +44,9 @@ def separately(twins, given):
 @pytest.mark.parametrize("made_first", [False, True])
 def test_one_product_is_that_of_each(shared, made_first):
     model = Attention((128, 64, 48))
+    with torch.no_grad():
+        for index, layer in enumerate(model.layers):
+            layer.weight.mul_(4**index)  # scales of another layer would show
     twins, given = Twins(model), torch.randn(2, 3, 64)
     if made_first:
         twins.make(model)
@@ -98,7 +101,9 @@ def test_layers_that_do_not_go_together_are_multiplied_one_by_one(shared, kind, 
         monkeypatch.setattr(quantize, "reads_slices", lambda device: shared)
         monkeypatch.setattr(
             quantize, "quantize",
-            lambda weight, *more: first if weight is model.layers[0].weight else plain(weight, *more),
+            lambda weight, *more: (
+                first if weight is model.layers[0].weight else plain(weight, *more)
+            ),
         )  # fmt: skip
     twins, given = Twins(model), torch.randn(5, 64)
     joint = twins.joint(list(model.layers))
