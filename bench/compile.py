@@ -22,13 +22,15 @@ HEAD_DIMS = (64, 120, 128, 256, 512)
 # How many of the bytes loaded in loops may come in pieces of less than 16, by part of the kernel's
 # name. A row's lse and masks take some; a gather takes a 4-byte index or two for every 16-byte
 # piece; a merge reads little. A tile in 2-byte loads is half of the bytes or all of them, and
-# beside a gather's indices over 60%. A sample is of single keys. Where 16 warps read a row again,
-# a thread has 8 keys, and 8 bytes of each mask of them. rope_write has no loop: on gfx942 masked
-# loads stand behind a jump back.
+# beside a gather's indices over 60%. rope_write has no loop: on gfx942 masked loads stand behind
+# a jump back. A sample is of single keys. A state's loop is over tokens, whose rows a warp reads
+# at once; most bytes come before it. Where 16 warps read a row again, a thread has 8 keys, and 8
+# bytes of each mask of them.
 # What a product is multiplied with is short: its weights are judged by `judge_product`.
 MAX_NARROW = {
-    "merge": 1.0, "rope": 1.0, "sample": 1.0, "list": 0.4, "sparse": 0.6, "int4": 0.7, "": 0.25,
-}  # fmt: skip
+    **{"merge": 1.0, "rope": 1.0, "delta": 1.0, "sample": 1.0},
+    **{"list": 0.4, "sparse": 0.6, "int4": 0.7, "": 0.25},
+}
 # Of the product with 4-bit weights: an H200 issues 3.7 instructions in the time that it takes to
 # read a weight, and has to have 32 KiB on their way to an SM to read at full speed.
 MOST_INSTRUCTIONS = 4.0  # for a weight, of the kernel without tensor cores

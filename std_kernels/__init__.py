@@ -1,5 +1,5 @@
-"""Kernels for drafting and verifying on one dense KV cache: attention, selection, 4-bit products,
-and what a decoder layer has between its products.
+"""Kernels for drafting and verifying on one dense KV cache: attention, selection, recurrence,
+4-bit products, and what a decoder layer has between these.
 
     import torch
     import std_kernels as sk
@@ -22,7 +22,8 @@ and what a decoder layer has between its products.
 | W | scoring queries, the last W of the row |
 | N | capacity of the KV cache, not its length |
 | K | selected keys |
-| D | head dim |
+| D | head dim; of a state Dk, Dv, and its heads Hk, Hv |
+| P | slots of a ring of tokens |
 | R | rows of tokens, B * T |
 | S | partials of a split product |
 
@@ -32,6 +33,8 @@ The ops are also `torch.ops.std_kernels.*`, with every argument positional and u
 """
 
 from std_kernels.add_rms_norm import add_rms_norm
+from std_kernels.causal_conv1d import causal_conv1d
+from std_kernels.gated_delta_rule import gated_delta_rule
 from std_kernels.int4_linear import int4_linear, int4_linear_partials, pack_int4
 from std_kernels.renew_importance import renew_importance
 from std_kernels.rope_write import rope_write
@@ -42,6 +45,8 @@ from std_kernels.sparse_attention import sparse_attention
 from std_kernels.verify_attention import verify_attention, verify_attention_with_scores
 
 __all__ = [
+    "causal_conv1d",
+    "gated_delta_rule",
     "add_rms_norm",
     "int4_linear",
     "int4_linear_partials",

@@ -248,6 +248,59 @@ def renew_importance(
     return torch.fmax(faded, scores / total).where(counted, importance.to(dtype))
 
 
+def causal_conv1d(
+    inputs: Tensor,
+    weight: Tensor,
+    kv_len: Tensor,
+    tokens: int,
+    *,
+    bias: Tensor | None = None,
+    silu: bool = False,
+    dtype: torch.dtype = torch.float64,
+) -> Tensor:
+    """Causal convolution [B, T, C] of the last T tokens of a ring of inputs."""
+    B, P, C = inputs.shape
+    out = torch.zeros(B, tokens, C, dtype=dtype)
+    for b, t, w in torch.cartesian_prod(*map(torch.arange, (B, tokens, weight.shape[1]))):
+        n = int(kv_len[b]) - tokens + int(t) - weight.shape[1] + 1 + int(w)
+        if n >= 0:
+            out[b, t] += weight[:, w].to(dtype) * inputs[b, n % P].to(dtype)
+    if bias is not None:
+        out += bias.to(dtype)
+    return out * torch.sigmoid(out) if silu else out
+
+
+def gated_delta_rule(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    state: Tensor,
+    state_len: Tensor,
+    kv_len: Tensor,
+    *,
+    update: bool = True,
+    dtype: torch.dtype = torch.float64,
+) -> tuple[Tensor, Tensor]:
+    """The last T tokens' results [B, T, Hv, Dv], and the state that is stored."""
+    (B, T, Hk, Dk), (_, P, Hv, Dv) = query.shape, value.shape
+    out, stored = torch.zeros(B, T, Hv, Dv, dtype=dtype), state.to(dtype).clone()
+    for b, h in torch.cartesian_prod(torch.arange(B), torch.arange(Hv)):
+        S, start = state[b, h].to(dtype), int(kv_len[b]) - T
+        for n in range(int(state_len[b]), start + T):
+            if n == start and update:
+                stored[b, h] = S
+            k = key[b, n % P, h // (Hv // Hk)].to(dtype)
+            k = k / (k.square().sum() + 1e-6).sqrt()
+            S = S * g[b, n % P, h].to(dtype).exp()
+            S = S + torch.outer(k, beta[b, n % P, h].to(dtype) * (value[b, n % P, h] - k @ S))
+            if n >= start:
+                q = query[b, n - start, h // (Hv // Hk)].to(dtype)
+                out[b, n - start, h] = q / (q.square().sum() + 1e-6).sqrt() @ S / Dk**0.5
+    return out, stored
+
+
 def _dense_mask(
     kv_len: Tensor, start: Tensor | None, window: int | None, T: int, N: int
 ) -> Tensor:

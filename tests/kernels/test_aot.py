@@ -151,7 +151,8 @@ def test_a_bad_kernel_is_found(complaint):
 
 def test_every_op_has_rows_and_every_row_is_reached():
     attention = ["score_keys", "select_topk", "sparse_attention", "verify_attention"]
-    assert OPS == sorted([*attention, "int4_linear", "add_rms_norm", "rope_write", "silu_mul"])
+    layer = ["int4_linear", "add_rms_norm", "rope_write", "silu_mul"]
+    assert OPS == sorted([*attention, *layer, "causal_conv1d", "gated_delta_rule"])
     for target in _tuning.TARGETS:
         rows = list(bench.reachable_rows(target))
         for row in rows:
