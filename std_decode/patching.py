@@ -17,6 +17,7 @@ from std_decode.admission import fusing
 from std_decode.admission.bits import Promises, Wanted, kind_of
 from std_decode.admission.changes import Tried
 from std_decode.costs.workload import Workload
+from std_decode.model.recurrent import attach, detach
 from std_decode.model.selection_rules import VisualMask
 from std_decode.model.switch import forget_passes
 from std_decode.passes.pool import Engines
@@ -46,6 +47,7 @@ class _Patch:
     workload: Workload
     promises: Promises
     fused: fusing.Fused
+    recurrent: list[nn.Module]  # layers that take our cache
     stats: DecodeStats | None = None
     decoding: type[Decoding] = Decoding  # a subclass looks on, see app/sparsity/measure.py
 
@@ -163,6 +165,7 @@ def patch(
     tried = Tried(target)
     fused = fusing.Fused(target, tried.layers, fused_layers, compile)
     drafting: weights.DraftWeights | None = None
+    recurrent: list[nn.Module] = []
     try:
         fused.attach()  # before the copies are made, which know weights by where they are
         promises = _promises(target, tried, reproducible, draft_length, fused)
@@ -181,15 +184,18 @@ def patch(
             weights.workload_of(target, top_k_keys, drafting.twins),
             promises,
             fused,
+            recurrent,
         )
         drafting.attach()
         fused.join(drafting.twins)
+        recurrent += attach(target.get_decoder())
         tried.take_as_it_is(target)
         target.__class__ = patched_class.patched_class(own)
     except BaseException:
         if drafting is not None:
             drafting.detach()
         fused.detach()
+        detach(recurrent)
         vars(target).pop("_std_decode", None)
         raise
     return model
@@ -216,6 +222,7 @@ def unpatch(model: Model) -> Model:
     target._std_decode.engines.clear()
     target._std_decode.draft_weights.detach()
     target._std_decode.fused.detach()
+    detach(target._std_decode.recurrent)
     forget_passes(target.get_decoder().config, target._std_decode.layers)
     del target._std_decode
     return model

@@ -16,6 +16,7 @@ from transformers import (
     TextIteratorStreamer,
     TextStreamer,
 )
+from transformers.cache_utils import LinearAttentionLayer
 from transformers.generation.stopping_criteria import (
     EosTokenCriteria,
     MaxLengthCriteria,
@@ -26,6 +27,7 @@ from std_decode.admission import rope
 from std_decode.admission.changes import training_part
 from std_decode.admission.eligibility import CACHE_LAYERS
 from std_decode.model.cache import CACHE, sliding_windows
+from std_decode.model.recurrent import recurrent_modules
 from std_decode.passes.promise import Promise
 from std_decode.rounds.sampling import STATELESS, summing
 
@@ -98,10 +100,17 @@ def _cache_reason(model: PreTrainedModel, cache: Any, batch: int) -> str | None:
     for layer, window in zip(cache.layers, windows):
         if getattr(layer, "sliding_window", window) != window:
             return "the cache given has other sliding windows than the model"
-    lengths = {layer.get_seq_length() for layer in cache.layers}
+    states = [layer for layer in cache.layers if isinstance(layer, LinearAttentionLayer)]
+    keys = [layer for layer in cache.layers if layer not in states]
+    if len(states) != len(recurrent_modules(model.get_decoder())):
+        return "the cache given has no state for each of the model's layers that keep one"
+    if any(x.record_past or not x.has_previous_state[0] for x in states):
+        return "the cache given has states that are to be taken back, or none"
+    lengths = {layer.get_seq_length() for layer in keys}
     if len(cache.layers) != len(windows) or len(lengths) != 1:
         return "the layers of the cache given are not equally long, one for each of the model's"
-    if any(layer.keys.shape[0] != batch for layer in cache.layers):
+    rows = {x.keys.shape[0] for x in keys} | {x.conv_states[0].shape[0] for x in states}
+    if rows != {batch}:
         return "the cache given has another batch size than the prompt"
     return None
 

@@ -8,20 +8,27 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 from transformers import DynamicCache, GenerationMixin, PreTrainedModel
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import (
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionLayer,
+)
 
 from std_decode.admission import rope
 from std_decode.admission.implementation import foreign_attention
 from std_decode.admission.layers import mixing_layer
 from std_decode.admission.trial import Failed, input_device, try_attention
 from std_decode.model.cache import CACHE
+from std_decode.model.recurrent import recurrent_modules, standing_in
 
 SUPPORTED = (
     "supported are decoder-only generative models of transformers whose layers are causal full or "
-    "sliding-window self-attention, among them Qwen2-VL, LLaVA-OneVision and Llama"
+    "sliding-window self-attention, or gated delta layers between these, among them Qwen2-VL, "
+    "LLaVA-OneVision, Qwen3.5 and Llama"
 )
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
-CACHE_LAYERS = {DynamicLayer, DynamicSlidingWindowLayer}
+_KEEP_KEYS, _KEEP_STATE = {DynamicLayer, DynamicSlidingWindowLayer}, {LinearAttentionLayer}
+CACHE_LAYERS = _KEEP_KEYS | _KEEP_STATE
 
 
 def attention_layers(model: PreTrainedModel, rows: int = 1) -> dict[int, nn.Module]:
@@ -81,17 +88,20 @@ def _check_kind(model: PreTrainedModel) -> None:
             f"{name} gives a {type(decoder).__name__} as its decoder (get_decoder()), expected a "
             "transformers model"
         )
-    config = decoder.config
-    types = set(getattr(config, "layer_types", None) or ()) - _LAYER_TYPES
+    config, gated = decoder.config, recurrent_modules(decoder)
+    named = enumerate(getattr(config, "layer_types", None) or ())
+    types = {kind for index, kind in named if index not in gated} - _LAYER_TYPES
     if types:
         raise Failed(f"{name} has layers of type {', '.join(sorted(types))}")
-    if not model._supports_attention_backend:
+    # Those with a state do take them, and say no for the sake of other engines; the trial tells.
+    if not (model._supports_attention_backend or gated):
         raise Failed(
             f"{name} does not take custom attention functions "
             "(_supports_attention_backend is False)"
         )
     cache_layers = DynamicCache(config=config).layers
-    types = {type(layer).__name__ for layer in cache_layers} - {t.__name__ for t in CACHE_LAYERS}
+    found = enumerate(map(type, cache_layers))
+    types = {k.__name__ for i, k in found if k not in (_KEEP_STATE if i in gated else _KEEP_KEYS)}
     if types or getattr(config, "attention_chunk_size", None) is not None:
         kinds = ", ".join(sorted(types)) or "chunked attention"
         raise Failed(f"{name} has layers of type {kinds}")
@@ -100,7 +110,7 @@ def _check_kind(model: PreTrainedModel) -> None:
             f"{name} has {len(cache_layers)} cache layers for {config.num_hidden_layers} decoder "
             "layers, expected one each"
         )
-    if all(type(layer) is DynamicSlidingWindowLayer for layer in cache_layers):
+    if not any(type(layer) is DynamicLayer for layer in cache_layers):
         raise Failed(
             f"{name} has sliding-window layers only, so a draft would read as much as dense "
             "decoding does"
@@ -124,23 +134,28 @@ def _attention_modules(model: PreTrainedModel) -> dict[int, nn.Module]:
     ]
     found.sort(key=lambda module: module.layer_idx)
     count = decoder.config.num_hidden_layers
-    if [module.layer_idx for module in found] != list(range(count)):
+    expected = [index for index in range(count) if index not in recurrent_modules(decoder)]
+    if [module.layer_idx for module in found] != expected:
         raise Failed(
-            f"{type(model).__name__} has {len(found)} causal attention modules for {count} "
-            "decoder layers, expected one each"
+            f"{type(model).__name__} has {len(found)} causal attention modules for "
+            f"{len(expected)} decoder layers, expected one each"
         )
-    return dict(enumerate(found))
+    return {module.layer_idx: module for module in found}
 
 
 @contextmanager
 def undisturbed(model: PreTrainedModel) -> Iterator[None]:
-    """For a trial: without dropout, whichever of its parts are in training mode now and after."""
+    """For a trial: without dropout, whichever of its parts are in training mode now and after.
+
+    Its gated delta layers take our cache.
+    """
     autocast = torch.autocast(input_device(model).type, enabled=False)
     training = [module for module in model.modules() if module.training]
     try:
         for module in training:
             module.training = False
-        with rope.unchanged(model.get_decoder()), autocast:
+        decoder = model.get_decoder()
+        with rope.unchanged(decoder), standing_in(decoder), autocast:
             yield
     finally:
         for module in training:

@@ -21,6 +21,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from std_decode.model.attention import Attending, Result
 from std_decode.model.cache import CACHE, SparseToDenseCache
+from std_decode.model.recurrent import recurrent_modules
 from std_decode.model.running_pass import Pass, uncompiled
 from std_decode.model.selection_rules import plan_selection
 from std_decode.model.switch import attention_name, attention_of, observed_by
@@ -106,7 +107,7 @@ class _Trial:
     ):
         self.name, self.decoder, self.layers = name, decoder, layers
         self.ids, self.positions = ids, positions
-        self.blocks = _blocks(decoder, layers)
+        self.blocks = _blocks(decoder, {**layers, **recurrent_modules(decoder)})
         # Where that is what the model's own function computes in, when it is given it.
         self.in_float32 = (
             attention_name(decoder.config) in ("eager", "sdpa")
@@ -152,7 +153,7 @@ class _Trial:
                     use_cache=True,
                     **{CACHE: cache},
                 )
-            for layer in cache.layers:
+            for layer in (cache.layers[index] for index in self.layers):
                 keys, values = tuple(layer.keys.shape), tuple(layer.values.shape)
                 if keys != values:
                     raise Failed(

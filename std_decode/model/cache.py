@@ -7,16 +7,18 @@ drafting reads the selected rows in place through an index list.
 
 from __future__ import annotations
 
+from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache, DynamicCache, LinearAttentionLayer
 from transformers.generation.utils import ALL_CACHE_NAMES
 
 from std_decode.model.buffers import BufferLayer
+from std_decode.model.recurrent import MOST_WIDTH, RecurrentLayer, hand_over
 
 # What transformers calls the cache in arguments and outputs; the second until 5.23.
 CACHE = "cache" if "cache" in ALL_CACHE_NAMES else "past_key_values"
@@ -39,7 +41,13 @@ class _Length:
     """How long a layer of the caller's cache was, and back to that."""
 
     def __init__(self, layer: Any):
-        self.layer, self.tokens = layer, layer.get_seq_length()
+        self.layer = layer
+        if isinstance(layer, LinearAttentionLayer):
+            # Only memory for one that holds nothing yet can be lacking.
+            self.tokens = 0
+            self.held: dict[str, Any] | None = {name: copy(x) for name, x in vars(layer).items()}
+            return
+        self.tokens = layer.get_seq_length()
         # What was is the beginning of what is: no need to hold it. Not so where a window moves on,
         # or where there was nothing.
         self.held = vars(layer).copy() if layer.is_sliding or not self.tokens else None
@@ -60,6 +68,8 @@ class Span:
     kv_len: Tensor  # [B] int32, each row's length with these tokens
     rows: Tensor  # [B, 1] int64
     slots: Tensor  # [B, T] int64
+    ring: Tensor | None = None  # the same in the rings of layers with a state
+    drafted: bool = False  # by a draft pass: no state is to go on from them
 
 
 class SparseToDenseCache(Cache):
@@ -74,6 +84,10 @@ class SparseToDenseCache(Cache):
         most_drafts: gamma at most.
 
     Attributes:
+        recurrent: the layers that have a state instead of keys and values.
+        settled: accepted tokens of each row that their states are of, int32 ``[B]``.
+        slots: of their rings.
+        most_per_pass: tokens that these have room for in one pass after another.
         template: the DynamicCache that generate made or its caller gave. The call goes on from its
             tokens, and it gets the new ones at the end.
         kv_start: first valid position of each row, int32 ``[B]``, or None where none is masked.
@@ -96,9 +110,11 @@ class SparseToDenseCache(Cache):
         device: torch.device,
         most_drafts: int = 0,
     ):
-        windows = sliding_windows(config)
-        super().__init__(layers=[BufferLayer(self, window) for window in windows])
+        super().__init__(layers=[self._layer(like) for like in DynamicCache(config=config).layers])
+        self.recurrent = [layer for layer in self.layers if isinstance(layer, RecurrentLayer)]
         self.capacity, self.most_drafts = bucket(capacity), most_drafts
+        self.most_per_pass = most_drafts + 1
+        self.settled = torch.zeros(batch, dtype=torch.int32, device=device)
         self.lengths = torch.zeros(batch, dtype=torch.int64, device=device)
         self.ahead = torch.zeros(1, dtype=torch.int64, device=device)
         self.tail_start = torch.zeros(batch, dtype=torch.int32, device=device)
@@ -106,6 +122,11 @@ class SparseToDenseCache(Cache):
         self.order: Tensor | None = None
         self._rows = torch.arange(batch, device=device)[:, None]
         self.answer: Any = None
+
+    def _layer(self, like: Any) -> Any:
+        if isinstance(like, LinearAttentionLayer):
+            return RecurrentLayer(self)
+        return BufferLayer(self, getattr(like, "sliding_window", None))
 
     def start(
         self,
@@ -124,7 +145,11 @@ class SparseToDenseCache(Cache):
         else:
             self.kv_start.copy_(kv_start)
         for index, layer in enumerate(self.layers):
-            layer.past = template.layers[index] if self.longest else None
+            past = template.layers[index] if self.longest else None
+            if isinstance(layer, RecurrentLayer):
+                layer.begin(past)
+            else:
+                layer.past = past
 
     def __bool__(self) -> bool:
         # Phi-3 has a prompt beyond the switch of its RoPE read without a cache, where there is one
@@ -133,12 +158,23 @@ class SparseToDenseCache(Cache):
 
     @property
     def selecting_layers(self) -> list[BufferLayer]:
-        return [layer for layer in self.layers if not layer.is_sliding]
+        return [layer for layer in self.buffers if not layer.is_sliding]
+
+    @property
+    def buffers(self) -> list[BufferLayer]:
+        """The layers that have keys and values."""
+        return [layer for layer in self.layers if isinstance(layer, BufferLayer)]
 
     @property
     def nbytes(self) -> int:
-        """Of the buffers."""
-        return sum(layer.keys.nbytes + layer.values.nbytes for layer in self.layers)
+        """Of the buffers, states and rings."""
+        own = sum(layer.keys.nbytes + layer.values.nbytes for layer in self.buffers)
+        return own + sum(layer.nbytes for layer in self.recurrent)
+
+    @property
+    def slots(self) -> int:
+        # Those accepted since the states, at most a pass's, and a pass's new ones.
+        return 2 * self.most_per_pass + MOST_WIDTH
 
     def reserve(self, tokens: int) -> bool:
         """Make room for `tokens` more. What is not accepted does not survive a growth.
@@ -146,18 +182,36 @@ class SparseToDenseCache(Cache):
         Returns:
             Whether the buffers had to grow, and are elsewhere now.
         """
+        widened = self._widen(tokens)
         if self.longest + tokens <= self.capacity:
-            return False
+            return widened
         self.capacity = bucket(max(self.longest + tokens, self.capacity * 3 // 2))
         for layer in self.layers:
             layer.grow(self.capacity)
         return True
 
-    def expect(self, tokens: int) -> None:
+    def _widen(self, tokens: int) -> bool:
+        """Make the rings take so many tokens in a pass; whether they had to move."""
+        if not self.recurrent or tokens <= self.most_per_pass:
+            return False
+        self.most_per_pass = tokens
+        for layer in self.recurrent:
+            layer.widen(self.slots)
+        return True
+
+    def expect(self, tokens: int, *, drafted: bool = False) -> None:
         """Say that the next pass brings each row `tokens` tokens, `ahead` past its accepted."""
+        if not self.prefilling:
+            self._widen(tokens)
         start = (self.lengths + self.ahead)[:, None]
         slots = start + torch.arange(tokens, device=start.device)
-        self.span = Span((start[:, 0] + tokens).int(), self._rows, slots)
+        ring = slots % self.slots if self.recurrent else None
+        self.span = Span((start[:, 0] + tokens).int(), self._rows, slots, ring, drafted)
+
+    def settle(self) -> None:
+        """Say that a dense pass has stored the states after the accepted tokens."""
+        if self.recurrent:
+            self.settled.copy_(self.lengths)
 
     def advance(self, tokens: int | Tensor, longest: int) -> None:
         """Accept `tokens` more, ``[B]`` or of every row; the longest row has `longest` then."""
@@ -173,6 +227,9 @@ class SparseToDenseCache(Cache):
         self.advance(new_tokens, self.longest + new_tokens)
         self.tail_start.copy_(self.lengths)
         self.prompt = self.longest
+        for recurrent in self.recurrent:
+            recurrent.finish_prefill()
+        self.settle()
         if self.order is not None:
             for layer in self.layers:
                 layer.arrange(self.order)
@@ -190,8 +247,11 @@ class SparseToDenseCache(Cache):
         """
         before = [_Length(layer) for layer in self.template.layers]
         back = None if self.order is None else self.order.argsort(dim=1)
+        states = {index: x.final() for index, x in enumerate(self.layers) if x in self.recurrent}
         try:
             for index, layer in enumerate(self.layers):
+                if index in states:
+                    continue
                 if back is not None:
                     layer.arrange(back)
                 known = before[index].tokens if index < len(before) else 0
@@ -199,6 +259,8 @@ class SparseToDenseCache(Cache):
                 self.template.update(layer.keys[:, :, new], layer.values[:, :, new], index)
                 if not keep:
                     layer.keys = layer.values = None
+            for index, state in states.items():
+                hand_over(self.template.layers[index], *state)
         except BaseException:
             del self.template.layers[len(before) :]
             for length in before:

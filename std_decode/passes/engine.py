@@ -334,7 +334,7 @@ class Engine:
         rescore: bool = False,
     ) -> Tensor:
         """A pass as it is captured: nothing in it asks the device for a value."""
-        self.cache.expect(tokens.shape[1])
+        self.cache.expect(tokens.shape[1], drafted=phase == "draft")
         running = Pass(phase, self.cache, self.layers, rescore=rescore, padding=padding)
         running.fused = self.fused
         inputs = {"input_ids": tokens, "position_ids": positions, **shared}
@@ -353,6 +353,7 @@ class Engine:
             group.expect(tokens.shape[1], padding)
         with nullcontext() if portions is None else portions:
             logits = self.run(running, inputs).logits
+        self.cache.settle()
         self.uneven |= portions is not None and portions.uneven
         if rescore:
             self.renew()

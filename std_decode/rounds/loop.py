@@ -232,6 +232,9 @@ class Decoding:
         Rows that ended early lack their padding.
         """
         rows, cache = self.rows, self.engine.cache
+        if cache.recurrent:
+            self.complete_rows(sequences)
+            return
         shortest, end = min(rows.at), rows.end()
         cache.rewind(cache.prompt + min(shortest, end) - 1)
         most = self.engine.promise.rows or MOST_TOKENS_PER_PASS
@@ -241,3 +244,22 @@ class Decoding:
             position = start + torch.arange(count, device=tokens.device)
             self.engine.read(tokens, self.first_position + position, self.shared)
             cache.advance(count, cache.longest + count)
+
+    def complete_rows(self, sequences: Tensor) -> None:
+        """The same where a state cannot go back to the shortest row: each row from where it is."""
+        engine, cache, end = self.engine, self.engine.cache, self.rows.end()
+        at = [min(steps, end) for steps in self.rows.at]
+        while min(at) < end:
+            count = min(cache.most_per_pass, end - min(at))
+            room = max(count, engine.promise.rows)
+            if cache.reserve(room) and engine.graphs is not None:
+                engine.graphs.clear()
+            steps = torch.tensor(at, device=sequences.device)[:, None] - 1
+            steps = steps + torch.arange(count, device=sequences.device)
+            columns = (self.rows.prompt + steps).clamp_(max=sequences.shape[1] - 1)
+            positions = self.first_position + steps
+            engine.read(sequences.gather(1, columns), positions, self.shared)
+            given = [min(count, end - step) for step in at]
+            at = [step + more for step, more in zip(at, given)]
+            more = torch.tensor(given, device=cache.lengths.device)
+            cache.advance(more, cache.prompt + max(at) - 1)

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 from transformers import DynamicCache
+from transformers.cache_utils import LinearAttentionLayer
 
 from std_decode.costs import expected
 from std_decode.costs.hardware import H100, gpu
@@ -177,12 +178,16 @@ def workload_of(model: Any, top_k_keys: int, twins: Twins | None = None) -> Work
         own = sum(twin.weight.nbytes for twin in twins.twins)
         four_bit = weights - own + twins.planned_bytes
     config = model.get_decoder().config
-    windows = [getattr(x, "sliding_window", None) for x in DynamicCache(config=config).layers]
+    layers = DynamicCache(config=config).layers
     # Gemma 4 has heads of another width, and of another number, where there is no window.
-    alike = [config] * len(windows)
+    alike = [config] * len(layers)
     widths = map(_token_width, getattr(config, "per_layer_config", None) or alike)
     size = model.get_input_embeddings().weight.element_size()
-    tokens = [(width * size, window) for width, window in zip(widths, windows)]
+    tokens = [
+        (width * size, getattr(layer, "sliding_window", None))
+        for width, layer in zip(widths, layers)
+        if not isinstance(layer, LinearAttentionLayer)  # which has a state
+    ]
     experts, share = experts_of(model)
     idle = (1 - share) * sum(weight.numel() for weight in experts)
     return Workload(

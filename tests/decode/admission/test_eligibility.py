@@ -21,10 +21,6 @@ SMALL = dict(
     max_position_embeddings=256, pad_token_id=0, bos_token_id=1, eos_token_id=None,
 )  # fmt: skip
 GPT2 = dict(vocab_size=120, n_embd=32, n_layer=2, n_head=2, n_positions=256, initializer_range=0.2)
-LINEAR = dict(
-    head_dim=16, layer_types=["linear_attention", "full_attention"], linear_num_value_heads=2,
-    linear_num_key_heads=2, linear_key_head_dim=16, linear_value_head_dim=16,
-)  # fmt: skip
 EXPERTS = dict(moe_intermediate_size=16, n_routed_experts=4, num_experts_per_tok=2)
 
 
@@ -81,6 +77,17 @@ UNSUPPORTED = {
         lambda: causal_lm("Mamba", vocab_size=64, hidden_size=32, num_hidden_layers=2),
         "has layers of type linear",
     ),
+    "mamba 2": (
+        lambda: causal_lm(
+            "Mamba2", vocab_size=64, hidden_size=32, num_hidden_layers=2, num_heads=4, head_dim=16,
+            n_groups=1, state_size=8,
+        ),
+        "has layers of type linear",
+    ),
+    "jamba": (
+        lambda: causal_lm("Jamba", **SMALL, mamba_d_state=8, mamba_dt_rank=4, num_experts=2),
+        "has layers of type linear",
+    ),
     "llama 4": (
         lambda: causal_lm(
             "Llama4", "TextConfig", **SMALL, head_dim=16, intermediate_size_mlp=32,
@@ -91,11 +98,6 @@ UNSUPPORTED = {
     "mllama": (
         lambda: causal_lm("Mllama", "TextConfig", **SMALL, cross_attention_layers=[1]),
         "1 causal attention modules for 2 decoder layers",
-    ),
-    "qwen3-next": (lambda: causal_lm("Qwen3Next", **SMALL, **LINEAR), "has layers of type linear"),
-    "qwen3.5": (
-        lambda: causal_lm("Qwen3_5", "TextConfig", **SMALL, **LINEAR),
-        "has layers of type linear",
     ),
     "gemma 3n": (
         lambda: causal_lm(

@@ -9,6 +9,7 @@ from tests.decode.families import (  # noqa: F401
     grids,
     grids_more,
     images,
+    recurrent,
     text,
 )
 from tests.decode.families.base import (
