@@ -157,6 +157,20 @@ def test_lengths_and_sources_in_any_order(make_case, told, monkeypatch, do_sampl
     assert 0 < looked_up < rounds
 
 
+def test_what_stands_behind_a_row_s_drafts_is_no_draft(make_case, monkeypatch):
+    """Even where it is right: the last token again, of a text that says nothing else."""
+    case = make_case("llama", 1, 2, max_new_tokens=24, sequence_bias=[[[20], 50.0]])
+    looked_up = Lookup.drafts
+
+    def of_the_first_row(lookup, rows, count):
+        first, _ = looked_up(lookup, rows, count)
+        return [first, []]
+
+    monkeypatch.setattr(Lookup, "drafts", of_the_first_row)
+    stats = compare(case)
+    assert stats.lookup_accepted == stats.lookup_drafted > 8
+
+
 def test_processors_see_the_text_with_the_drafts(make_case, told):
     """Those that look at the tokens so far, each row's own."""
     options = dict(no_repeat_ngram_size=2, repetition_penalty=1.3, min_new_tokens=9)
