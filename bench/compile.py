@@ -103,7 +103,8 @@ def reachable_rows(target: str) -> Iterator[_tuning.Row]:
                 for row in _tuning.TABLE
                 if row[:4] == (op, kernel, name, dtype) and head_dim <= row.head_dim
             ]
-            yield rows[0]._replace(head_dim=head_dim)
+            if rows:  # else the op takes no such head
+                yield rows[0]._replace(head_dim=head_dim)
 
 
 def cases(targets: list[str], ops: list[str]) -> Iterator[Case]:
