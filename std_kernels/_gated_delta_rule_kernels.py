@@ -12,6 +12,8 @@ from torch import Tensor
 from std_kernels import _tuning
 from std_kernels._device import Spec, aot_spec, cast, check_grid, padded
 
+_COMPILED = (64, 120, 128, 256)  # head dims, ahead of time
+
 
 @triton.jit
 def _unit(x):
@@ -124,7 +126,7 @@ def gated_delta_rule(
         return out
     check_grid("gated_delta_rule", B, Hv)
     arch, precision = _tuning.arch_of(query.device), _tuning.precision(query.dtype)
-    row = _tuning.config("gated_delta_rule", "state", arch, precision, Dk, Dv)
+    row = _tuning.config("gated_delta_rule", "state", arch, precision, 0, Dv)
     _gated_delta_rule_kernel[(triton.cdiv(Dv, row.block_n), B * Hv)](
         query, key, value, g, beta, state, state_len, kv_len, out,
         *query.stride()[:2], *key.stride()[:2], *value.stride()[:2], *g.stride()[:2],
@@ -145,10 +147,15 @@ def aot_specs(arch: str, dtype: str, row: _tuning.Row) -> list[Spec]:
     types |= dict.fromkeys((f"stride_{name}_{x}" for name in names for x in "bp"), "i32")
     types |= dict(T="i32", P="i32", scale="fp32")
     tile = row.config()
-    sizes = dict(HK=16, HV=32, D=row.head_dim, DV=row.head_dim)
-    sizes |= dict(BLOCK_K=padded(row.head_dim), BLOCK_V=tile.block_n)
     launch = tile.num_warps, tile.num_stages
+    heads = dict(HK=16, HV=32, BLOCK_V=tile.block_n)
     return [
-        aot_spec(_gated_delta_rule_kernel, types, sizes | dict(UPDATE=update), *launch)
+        aot_spec(
+            _gated_delta_rule_kernel,
+            types,
+            heads | dict(D=D, DV=D, BLOCK_K=padded(D), UPDATE=update),
+            *launch,
+        )
+        for D in _COMPILED
         for update in (True, False)
     ]

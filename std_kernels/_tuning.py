@@ -322,15 +322,15 @@ _LAYER = tuple(Row(*row) for row in (
     ("silu_mul", "piece", "interpreter", HALF, 0, 1, 32, 1, 1, ((ANY, 32),), _SMALL),
     ("silu_mul", "piece", "interpreter", FLOAT, 0, 1, 32, 1, 1, ((ANY, 32),), _SMALL),
 ))
-# Of heads as long as wide: block_n columns of the state are a program, its rows in registers.
+# block_n columns of a state are a program's, in registers; one row for all head dims, up to 256.
 _RECURRENT = tuple(Row(*row) for row in (
     # op, kernel, arch, dtype, head_dim, block_m, block_n, num_warps, num_stages, splits, source
-    ("gated_delta_rule", "state", "default", HALF, 256, 1, 8, 1, 1, ((ANY, 8),),
+    ("gated_delta_rule", "state", "default", HALF, 0, 1, 8, 1, 1, ((ANY, 8),),
      _AOT + "62 to 98 registers at D = 128, 90 to 148 at 256"),
-    ("gated_delta_rule", "state", "default", FLOAT, 256, 1, 8, 1, 1, ((ANY, 8),),
+    ("gated_delta_rule", "state", "default", FLOAT, 0, 1, 8, 1, 1, ((ANY, 8),),
      _AOT + "66 to 96 registers at D = 128, 92 to 167 at 256"),
-    ("gated_delta_rule", "state", "interpreter", HALF, 256, 1, 16, 1, 1, ((ANY, 16),), _SMALL),
-    ("gated_delta_rule", "state", "interpreter", FLOAT, 256, 1, 16, 1, 1, ((ANY, 16),), _SMALL),
+    ("gated_delta_rule", "state", "interpreter", HALF, 0, 1, 16, 1, 1, ((ANY, 16),), _SMALL),
+    ("gated_delta_rule", "state", "interpreter", FLOAT, 0, 1, 16, 1, 1, ((ANY, 16),), _SMALL),
     ("causal_conv1d", "token", "default", HALF, 0, 1, 256, 2, 1, ((ANY, 256),), _ESTIMATE),
     ("causal_conv1d", "token", "default", FLOAT, 0, 1, 256, 2, 1, ((ANY, 256),), _ESTIMATE),
     ("causal_conv1d", "token", "interpreter", HALF, 0, 1, 32, 1, 1, ((ANY, 32),), _SMALL),
