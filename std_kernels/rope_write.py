@@ -62,7 +62,7 @@ def rope_write(
             and at most D; features from Dr on are not rotated.
         slots: [B, T] int64, where each token's key and value go, 0 to N - 1, none twice in a row.
         keys, values: [B, Hkv, N, D] float16, bfloat16 or float32, inner stride 1, D a multiple of
-            8 from 16 to 256. Written to at `slots`.
+            8 from 16 to 512. Written to at `slots`.
         bias: [(Hq + 2 Hkv) * D] in keys' dtype, added before the product is rounded.
         q_norm, k_norm: [D] in keys' dtype, weights of an RMS norm of each query and key head,
             before the rotation; both or neither.
@@ -118,8 +118,8 @@ def _check_cache(op: str, keys: Tensor, values: Tensor) -> tuple[int, int, int, 
     if keys.dtype not in FLOATS:
         raise bad_dtype(op, "keys", keys, "float16, bfloat16 or float32")
     B, Hkv, N, D = keys.shape
-    if D % 8 or not 16 <= D <= 256:
-        expected = "a head dim D from 16 to 256 that is a multiple of 8"
+    if D % 8 or not 16 <= D <= 512:
+        expected = "a head dim D from 16 to 512 that is a multiple of 8"
         raise bad_shape(op, "keys", keys, expected, "rotate and write with PyTorch's operators")
     if keys.stride(-1) != 1:
         raise bad_stride(op, "keys", keys)

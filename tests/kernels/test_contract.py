@@ -14,7 +14,7 @@ from tests.kernels.layer_calls import NAMES as OF_A_LAYER
 
 RECURRENT = {"causal_conv1d", "gated_delta_rule"}  # see test_recurrent_contract.py
 # Those that take queries, keys or scores; test_layer_ops.py has the same for the others.
-OPS = {name: getattr(sk, name) for name in sk.__all__ if name not in OF_A_LAYER | RECURRENT}
+OPS = {name: getattr(sk, name) for name in sk.__all__ if name not in {*OF_A_LAYER, *RECURRENT}}
 FLOAT = (torch.float16, torch.bfloat16, torch.float32)
 CHECKS = (
     "test_schema",

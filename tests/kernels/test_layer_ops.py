@@ -233,5 +233,5 @@ def test_wrong_options_are_named(op, change, error, message):
 def test_every_public_op_has_a_contract():
     from tests.kernels import test_contract
 
-    assert {*test_contract.OPS, *OPS} == set(sk.__all__)
+    assert {*test_contract.OPS, *test_contract.RECURRENT, *OPS} == set(sk.__all__)
     assert REQUIRED.keys() == OPS.keys()

@@ -242,7 +242,8 @@ def test_weights_that_change_are_followed(make_case, calls, change):
         calls.clear()
         got = case.generate()
         stats = std_decode.last_stats(case.model)
-        assert stats.fallback is None and stats.fused_layers == 3 and calls
+        assert stats.fallback is None and stats.fused_layers == 3
+        assert calls or stats.graph_replays  # a replay calls no layer
         assert slices(case.model) == 3 * (3 + 3 + 2)
     case.model = case_of_other
     expected = case.generate()
