@@ -153,6 +153,9 @@ class Engine:
         """Free the buffers now: engine, cache and layers refer to each other in a circle."""
         if self.graphs is not None:
             self.graphs.clear()
+        for group in self.groups:
+            group.layers.clear()
+        self.groups.clear()
         self.cache.release()
 
     def prefill(self, **inputs: Any) -> Any:
