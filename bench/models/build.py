@@ -20,6 +20,8 @@ _CLASSES = {
     "qwen2_5_vl": "Qwen2_5_VL",
     "qwen3_vl": "Qwen3VL",
     "qwen3_vl_moe": "Qwen3VLMoe",
+    "qwen3_5": "Qwen3_5",
+    "qwen3_5_moe": "Qwen3_5Moe",
     "internvl": "InternVL",
     "llava_onevision": "LlavaOnevision",
     "llava_next_video": "LlavaNextVideo",
@@ -64,6 +66,13 @@ def model_class_and_config(shape: Shape) -> tuple[Any, Any]:
             num_experts_per_tok=shape.experts_per_token,
             moe_intermediate_size=shape.intermediate,
         )
+    if shape.recurrent is not None:
+        text |= dict(
+            linear_num_key_heads=shape.recurrent.key_heads,
+            linear_num_value_heads=shape.recurrent.value_heads,
+        )
+        if shape.experts:
+            text |= dict(shared_expert_intermediate_size=shape.intermediate)
     if shape.family == "llama":
         return transformers.LlamaForCausalLM, transformers.LlamaConfig(**text)
     image, video, start, end = range(shape.vocabulary - 4, shape.vocabulary)

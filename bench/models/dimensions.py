@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from std_decode.costs.expected import FOUR_BIT_BYTES
 
+HEAD, CONVOLUTION = 128, 4  # of gated delta layers: width of a head, tokens of the convolution
 GROUP = 128  # draft weights: 4 bits each, and a bfloat16 scale and zero for each so many
 
 
@@ -18,13 +19,41 @@ class Counts(NamedTuple):
         embedding: of which a step reads a row per token, that is nothing.
         matrices: that every token is multiplied with, the LM head included.
         expert: the matrices of one expert.
-        rest: norms, biases and the routers of experts, which stay bfloat16.
+        rest: norms, biases, convolutions and the routers of experts, which stay bfloat16.
     """
 
     embedding: int
     matrices: int
     expert: int
     rest: int
+
+
+class Recurrent(NamedTuple):
+    """Gated delta layers, of which a model with them has three for each that attends.
+
+    Attributes:
+        key_heads, value_heads: with a state of 128 x 128 for each value head.
+    """
+
+    key_heads: int
+    value_heads: int
+
+    @property
+    def channels(self) -> int:
+        """What goes through the convolution: queries, keys and values."""
+        return HEAD * (2 * self.key_heads + self.value_heads)
+
+    def counts(self, hidden: int) -> tuple[int, int]:
+        """Of one layer: weights of matrices, and the rest."""
+        values = HEAD * self.value_heads
+        out_features = self.channels + values + 2 * self.value_heads  # gates, betas and decays
+        matrices = hidden * (out_features + values)
+        return matrices, CONVOLUTION * self.channels + 2 * self.value_heads + HEAD
+
+    @property
+    def state_bytes(self) -> int:
+        """Of one layer and row, float32."""
+        return 4 * HEAD * HEAD * self.value_heads
 
 
 @dataclass(frozen=True)
@@ -37,6 +66,7 @@ class Shape:
         head_dim: 0: hidden / heads.
         experts: per layer; 0: one MLP that every token takes.
         experts_per_token: how many of them a token takes.
+        recurrent: what three of four layers are in place of attention; None: all attend.
     """
 
     family: str
@@ -51,6 +81,7 @@ class Shape:
     head_dim: int = 0
     experts: int = 0
     experts_per_token: int = 0
+    recurrent: Recurrent | None = None
 
     def __post_init__(self) -> None:
         if not self.head_dim:
@@ -58,23 +89,42 @@ class Shape:
 
     @cached_property
     def counts(self) -> Counts:
+        attending, others = self.attending, self.layers - self.attending
         queries, keys = self.heads * self.head_dim, self.kv_heads * self.head_dim
-        attention = self.hidden * (2 * queries + 2 * keys)
+        attention = attending * self.hidden * (2 * queries + 2 * keys)
         mlp = 3 * self.hidden * self.intermediate
-        small = 2 * self.hidden  # norms
+        small = self.layers * 2 * self.hidden  # norms
         if self.family.startswith("qwen3"):
-            small += 2 * self.head_dim  # of queries and keys
+            small += attending * 2 * self.head_dim  # of queries and keys
         elif self.text_family != "llama":
-            small += queries + 2 * keys  # biases
-        small += self.hidden * self.experts  # the router
+            small += attending * (queries + 2 * keys)  # biases
+        small += self.layers * self.hidden * self.experts  # the router
+        if self.recurrent is not None:
+            attention += attending * self.hidden * queries  # a gate of what was attended
+            matrices, rest = self.recurrent.counts(self.hidden)
+            attention, small = attention + others * matrices, small + others * rest
+            if self.experts:  # one that every token takes besides, and its gate
+                attention += self.layers * mlp
+                small += self.layers * self.hidden
         table = self.vocabulary * self.hidden
-        dense = attention if self.experts else attention + mlp
         return Counts(
             embedding=table,
-            matrices=self.layers * dense + table,
+            matrices=attention + (0 if self.experts else self.layers * mlp) + table,
             expert=self.layers * mlp if self.experts else 0,
-            rest=self.layers * small + self.hidden,
+            rest=small + self.hidden,
         )
+
+    @property
+    def attending(self) -> int:
+        """Layers that attend to cached keys."""
+        return self.layers if self.recurrent is None else self.layers // 4
+
+    @property
+    def state_bytes(self) -> int:
+        """Of the recurrent layers of one row, float32; no longer with a longer context."""
+        if self.recurrent is None:
+            return 0
+        return (self.layers - self.attending) * self.recurrent.state_bytes
 
     @property
     def text_family(self) -> str:
@@ -117,7 +167,7 @@ class Shape:
     @property
     def kv_values(self) -> int:
         """Numbers cached per token, keys and values, all layers."""
-        return 2 * self.layers * self.kv_heads * self.head_dim
+        return 2 * self.attending * self.kv_heads * self.head_dim
 
 
 # From the models' config.json on Hugging Face; `intermediate` of an MoE is moe_intermediate_size.
@@ -147,6 +197,24 @@ SHAPES = {
         experts=128,
         experts_per_token=8,
     ),  # fmt: skip
+    # Qwen3.6 has the same.
+    "qwen3.5-27b": Shape(
+        "qwen3_5", 5120, 64, 24, 4, 17408, 248320, 1e7, head_dim=256, recurrent=Recurrent(16, 48)
+    ),
+    "qwen3.5-35b-a3b": Shape(
+        "qwen3_5_moe",
+        2048,
+        40,
+        16,
+        2,
+        512,
+        248320,
+        1e7,
+        head_dim=256,
+        experts=256,
+        experts_per_token=8,
+        recurrent=Recurrent(16, 32),
+    ),
     "internvl3-8b": Shape("internvl", *_QWEN_7B, 151674),
     "internvl3-38b": Shape("internvl", *_QWEN_32B, 151674),
     "internvl3-78b": Shape("internvl", *_QWEN_72B, 151674),

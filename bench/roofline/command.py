@@ -43,7 +43,8 @@ MEASURED: "python -m bench decode" measures.
 
 WHAT IS ASSUMED. A pass takes as long as reading its bytes at --efficiency of the GPU's peak
 bandwidth, or as its multiplications at the peak of dense bfloat16, whichever is longer.
-  dense step     all weights but the embedding table, and the keys and values of every row
+  dense step     all weights but the embedding table, and the keys and values of every row; of
+                 Qwen3.5's recurrent layers the states, which it writes as well
   draft          the same weights, or 4-bit ones, and --top-k-keys keys and values a row and layer
   verification   a dense pass over --draft-length + 1 tokens of each row
   4-bit weights  {FOUR_BIT_BYTES:g} bytes each: 4 bits, and a bfloat16 scale and zero for each
@@ -63,7 +64,8 @@ model understands so long a context, or accepts so many drafts.
 WHAT TO EXPECT. "expected" has launches, small kernels, the pace that each kind of kernel reaches
 and the selection in it, over our own dense path; passes are captured and not compiled, a layer
 is {EXPECTED.dense_launches} launches, and 4-bit weights are read once for up to
-{EXPECTED.tile_rows} rows (with more, drafts multiply whole weights). It is predicted as well, from
+{EXPECTED.tile_rows} rows (with more, drafts multiply whole weights). Layers of Qwen3.5 are
+not fused, and 41 to 49 launches. It is predicted as well, from
 machine code and published speeds of others (std_decode/costs/expected.py), but for what results
 files of the same GPU in bench/results say.
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from bench.roofline.predictions import Cell, Prediction, best_round
 from std_decode.costs import expected as costs
-from std_decode.costs.expected import EXPECTED, Efficiency
+from std_decode.costs.expected import EXPECTED, UNFUSED, Efficiency
 from std_decode.costs.workload import Workload
 
 
@@ -33,6 +33,9 @@ def drafting(
     by: Efficiency = EXPECTED,
 ) -> Prediction:
     """At this draft length, or the best of none to 63; the speedup is over our dense path."""
+    if cell.shape.recurrent is not None:  # such layers are as transformers has them
+        names = ("dense_launches", "verify_launches", "draft_launches", "four_bit_launches")
+        by = replace(by, **{name: getattr(UNFUSED, name) for name in (*names, "launch")})
     dense = dense_seconds(cell, by=by) + by.step
     draft = draft_seconds(cell, four_bit, by) + by.draft
     rest = costs.select_seconds(_workload(cell), cell.together, by) + by.round

@@ -64,14 +64,16 @@ class Cell:
         shape, rows = self.shape, self.batch * tokens
         return Workload(
             weight_bytes=shape.weight_bytes(rows),
-            parameters=shape.active + 2 * shape.layers * shape.heads * shape.head_dim * attended,
+            parameters=shape.active
+            + 2 * shape.attending * shape.heads * shape.head_dim * attended,
             kv_bytes=self.kv_bytes,
             batch=self.batch,
             context=self.context,
             draft_keys=self.keys,
             draft_weight_bytes=shape.weight_bytes(rows, four_bit),
+            state_bytes=shape.state_bytes,
             layers=shape.layers,
-            kv_heads=shape.kv_heads,
+            kv_heads=shape.attending * shape.kv_heads,
         )
 
     def dense_seconds(self, tokens: int = 1) -> float:
@@ -95,7 +97,8 @@ class Cell:
 
     def needed(self, four_bit: bool) -> float:
         """Bytes of weights and KV cache on all GPUs."""
-        return self.shape.stored_bytes(four_bit) + self.batch * self.context * self.kv_bytes
+        row = self.context * self.kv_bytes + self.shape.state_bytes
+        return self.shape.stored_bytes(four_bit) + self.batch * row
 
     def fits(self, gpu: Gpu, four_bit: bool) -> bool:
         return self.needed(four_bit) <= USABLE * gpu.memory * self.gpus

@@ -46,10 +46,11 @@ def model_in_words(model: str) -> str:
     shape = SHAPES[model]
     bf16, four_bit = (shape.weight_bytes(1, kind) / 1e9 for kind in (False, True))
     experts = f" ({shape.experts_per_token} of {shape.experts} experts)" if shape.experts else ""
+    states = f"{shape.state_bytes / 1e6:.0f} MB of states a row; " if shape.state_bytes else ""
     return (
         f"{model}: {shape.parameters / 1e9:.2f}B weights in the text decoder; one token reads "
         f"{bf16:.2f} GB of them, {four_bit:.2f} GB in 4 bits{experts}; "
-        f"{2 * shape.kv_values / 1024:.4g} KiB of KV cache a token"
+        f"{states}{2 * shape.kv_values / 1024:.4g} KiB of KV cache a token"
     )
 
 

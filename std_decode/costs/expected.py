@@ -124,6 +124,7 @@ def dense_seconds(
     if workload.batch >= by.partials_from:
         more += by.partials * tokens
     keys = workload.context * workload.kv_bytes * (1 + more) + workload.window_bytes
+    keys += 2 * workload.state_bytes
     launches = by.verify_launches if tokens > 1 else by.dense_launches
     return (
         product_seconds(weight_bytes, workload.parameters, rows, device, by)
@@ -144,7 +145,7 @@ def draft_seconds(workload: Workload, device: Device, by: Efficiency = EXPECTED)
     rest = whole - BFLOAT16_BYTES * packed
     multiplied = workload.parameters - packed if packed else workload.parameters
     keys = min(workload.draft_keys + by.tail, workload.context) * workload.kv_bytes
-    keys += workload.window_bytes
+    keys += workload.window_bytes + workload.state_bytes
     return (
         four_bit_seconds(packed, rows, device, by)
         + product_seconds(rest, max(0.0, multiplied), rows, device, by)
@@ -155,7 +156,7 @@ def draft_seconds(workload: Workload, device: Device, by: Efficiency = EXPECTED)
 
 def select_seconds(workload: Workload, device: Device, by: Efficiency = EXPECTED) -> float:
     """The keys of the next drafts, of all layers, heads and rows."""
-    rows = workload.layers * workload.kv_heads * workload.batch
+    rows = workload.kv_heads * workload.batch
     cycles = rows * (by.select_row + by.select_key * workload.context)
     return cycles / device.cycles + by.select_launches * by.launch
 

@@ -41,9 +41,12 @@ class Workload:
         draft_keys: keys of a row that a draft step reads, per layer.
         draft_weight_bytes: what a draft step reads of the weights; None: the same as a dense one.
         window_bytes: keys and values of a row in all sliding-window layers, which drafts read too.
+        state_bytes: of a row, of layers with a recurrent state, which every pass reads and dense
+            passes write.
         expert_bytes: of the weights, dense and draft, those of experts of which a token takes few.
         expert_share: how many of these it takes, 0 to 1.
-        layers, kv_heads: of the text decoder; for what a GPU launches and selects.
+        layers: of the text decoder, for what a GPU launches.
+        kv_heads: that keys are selected for, of all layers together.
     """
 
     weight_bytes: float
@@ -54,6 +57,7 @@ class Workload:
     draft_keys: int
     draft_weight_bytes: float | None = None
     window_bytes: float = 0.0
+    state_bytes: float = 0.0
     expert_bytes: float = 0.0
     expert_share: float = 1.0
     layers: int = 0
@@ -61,13 +65,14 @@ class Workload:
 
     def dense_seconds(self, device: Device, tokens: int = 1) -> float:
         """A dense pass over `tokens` new tokens of each row: a plain step, or a verification."""
-        cached = self.batch * (self.context * self.kv_bytes + self.window_bytes)
+        cached = self.context * self.kv_bytes + self.window_bytes + 2 * self.state_bytes
         tokens *= self.batch
-        read = self.read(self.weight_bytes, tokens) + cached
+        read = self.read(self.weight_bytes, tokens) + self.batch * cached
         return device.seconds(read, 2 * self.parameters * tokens)
 
     def draft_seconds(self, device: Device) -> float:
-        read = min(self.draft_keys, self.context) * self.kv_bytes + self.window_bytes
+        read = min(self.draft_keys, self.context) * self.kv_bytes
+        read += self.window_bytes + self.state_bytes
         weights = self.weight_bytes
         if self.draft_weight_bytes is not None:
             weights = self.draft_weight_bytes

@@ -180,14 +180,14 @@ def workload_of(model: Any, top_k_keys: int, twins: Twins | None = None) -> Work
     config = model.get_decoder().config
     layers = DynamicCache(config=config).layers
     # Gemma 4 has heads of another width, and of another number, where there is no window.
-    alike = [config] * len(layers)
-    widths = map(_token_width, getattr(config, "per_layer_config", None) or alike)
-    size = model.get_input_embeddings().weight.element_size()
-    tokens = [
-        (width * size, getattr(layer, "sliding_window", None))
-        for width, layer in zip(widths, layers)
+    kinds = getattr(config, "per_layer_config", None) or [config] * len(layers)
+    attending = [
+        (kind, getattr(layer, "sliding_window", None))
+        for kind, layer in zip(kinds, layers)
         if not isinstance(layer, LinearAttentionLayer)  # which has a state
     ]
+    size = model.get_input_embeddings().weight.element_size()
+    tokens = [(_token_width(kind) * size, window) for kind, window in attending]
     experts, share = experts_of(model)
     idle = (1 - share) * sum(weight.numel() for weight in experts)
     return Workload(
@@ -199,10 +199,11 @@ def workload_of(model: Any, top_k_keys: int, twins: Twins | None = None) -> Work
         draft_keys=top_k_keys,
         draft_weight_bytes=four_bit,
         window_bytes=sum(token * window for token, window in tokens if window),
+        state_bytes=(len(layers) - len(attending)) * _state_bytes(config),
         expert_bytes=sum(weight.nbytes for weight in experts),
         expert_share=share,
         layers=config.num_hidden_layers,
-        kv_heads=_kv_heads(config),
+        kv_heads=sum(_kv_heads(kind) for kind, window in attending if window is None),
     )
 
 
@@ -210,6 +211,12 @@ def _token_width(config: Any) -> int:
     """Numbers that a token's key and value have in a layer."""
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return 2 * _kv_heads(config) * width
+
+
+def _state_bytes(config: Any) -> int:
+    """Of a gated delta layer's state, float32."""
+    names = ("linear_num_value_heads", "linear_key_head_dim", "linear_value_head_dim")
+    return 4 * math.prod(getattr(config, name, 0) for name in names)
 
 
 def _kv_heads(config: Any) -> int:

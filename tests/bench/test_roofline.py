@@ -23,7 +23,7 @@ from bench.roofline.predictions import Cell
 from std_decode.costs.expected import EXPECTED, UNFUSED, most_four_bit_rows
 from std_decode.costs.workload import Device
 from std_decode.rounds.policy import COMPILED_LENGTHS, LENGTHS
-from std_decode.weights.draft_weights import MOST_ROWS
+from std_decode.weights.draft_weights import MOST_ROWS, workload_of
 
 RESULTS = Path(__file__).parents[2] / "bench" / "results"
 # Qwen2-VL-7B: what a step reads of the weights, a 4-bit draft of them, a cached token.
@@ -342,8 +342,8 @@ def text_parameters(model):
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_weights_are_those_of_the_model(name):
-    """Of two layers; all are alike, and the next test counts them."""
-    shape = replace(SHAPES[name], layers=2)
+    """Of two layers, or of four kinds of which one attends; the next test counts them all."""
+    shape = replace(SHAPES[name], layers=2 if SHAPES[name].recurrent is None else 4)
     model = built(shape)
     weights = text_parameters(model)
     assert shape.parameters == sum(weight.numel() for weight in weights)
@@ -351,17 +351,25 @@ def test_weights_are_those_of_the_model(name):
     read = [weight for weight in weights if weight is not table]
     everything = 10**9  # so many tokens take every expert
     assert shape.weight_bytes(everything) == 2 * sum(weight.numel() for weight in read)
-    router = (shape.experts, shape.hidden)
-    large = [w for w in read if w.ndim > 1 and tuple(w.shape) != router]
-    four_bit = sum(w.numel() * (FOUR_BIT_BYTES if w.ndim > 1 and tuple(w.shape) != router else 2)
-                   for w in read)  # fmt: skip
+    small = [(shape.experts, shape.hidden), (1, shape.hidden)]  # a router, and a gate
+
+    def is_large(weight):
+        return weight.ndim > 1 and tuple(weight.shape) not in small and weight.shape[1] > 1
+
+    large = [w for w in read if is_large(w)]
+    four_bit = sum(w.numel() * (FOUR_BIT_BYTES if is_large(w) else 2) for w in read)
     assert large and shape.weight_bytes(everything, True) == pytest.approx(four_bit, rel=1e-12)
     copy = sum(w.numel() for w in large) * FOUR_BIT_BYTES
     assert shape.stored_bytes(True) - shape.stored_bytes(False) == pytest.approx(copy, rel=1e-12)
     config = model.config.get_text_config()
     heads, dim = config.num_key_value_heads, config.head_dim
-    layer = model.get_decoder().layers[0].self_attn
-    assert shape.kv_values == 2 * 2 * heads * dim == 2 * 2 * layer.k_proj.out_features
+    layers = model.get_decoder().layers
+    attending = len(layers) - sum(hasattr(layer, "linear_attn") for layer in layers)
+    assert shape.kv_values == attending * 2 * heads * dim
+    assert heads * dim == layers[-1].self_attn.k_proj.out_features
+    work, cell = workload_of(model, 1024), Cell(shape, Device(1, 1), 1, 1, 1, 1024).workload(0)
+    for name in ("kv_bytes", "state_bytes", "layers", "kv_heads"):
+        assert getattr(work, name) == getattr(cell, name)
 
 
 @pytest.mark.parametrize(
@@ -372,6 +380,8 @@ def test_weights_are_those_of_the_model(name):
         ("qwen2.5-vl-72b", 72.7), ("qwen3-vl-8b", 8.19), ("qwen3-vl-32b", 32.8),
         ("qwen3-vl-30b-a3b", 30.5), ("internvl3-8b", 7.61), ("internvl3-38b", 32.8),
         ("internvl3-78b", 72.7), ("llama-3-8b", 8.03), ("llava-next-video-7b", 6.74),
+        # 27.78 and 35.95 with a vision tower and a layer that predicts further tokens.
+        ("qwen3.5-27b", 26.9), ("qwen3.5-35b-a3b", 34.66),
     ],
 )  # fmt: skip
 def test_models_have_as_many_weights_as_their_makers_say(name, billions):
