@@ -60,6 +60,7 @@ def test_what_it_writes(tmp_path, capsys):
         assert ("ours_takes" in record) == (record["what"] != "ours")
     named = {record["what"] for record in found} - {"ours"}
     on_a_gpu = {"sdpa-efficient", "sdpa-cudnn", "int4pack_mm", *libraries.LIBRARIES}
+    on_a_gpu |= {"varlen", "varlen-paged", "flashinfer+ties"}
     assert named == set(rivals.NAMES) - on_a_gpu
     text = (tmp_path / "cpu.md").read_text()
     assert all(word in text for word in (*OPS, *named, "not installed: flash-attn"))

@@ -93,7 +93,7 @@ def soak(
             _stand_in(stack)
         patch = dict(draft_length=7, top_k_keys=6, cuda_graphs="auto" if captured else False)
         stack.enter_context(std_decode.patched(model, **patch))
-        model._std_decode.policy = Schedule(seed, 7)
+        model._std_decode.policy = Schedule(seed, 7, looks_up=True)
         while done < rounds:
             if draw.random() < 0.1:  # seldom, so that a captured pass lives for a while
                 batch = draw.randint(1, 3)

@@ -14,6 +14,7 @@ from transformers.cache_utils import DynamicLayer
 
 import std_decode
 from std_decode.model import attention, cache, running_pass, switch
+from std_decode.model.layer_group import LayerGroup
 from std_decode.passes import engine
 from std_decode.passes.engine import Engine
 from std_decode.weights import quantize
@@ -123,7 +124,8 @@ def test_out_of_memory_while_weights_are_quantised_again(make_case, monkeypatch)
     [
         (cache.BufferLayer, "lazy_initialization", 2),  # the buffers of the second layer
         (cache.BufferLayer, "grow", 2),  # a larger one of it, in mid-answer
-        (Engine, "group_layers", 1),  # index lists
+        (engine, "group_layers", 1),  # index lists
+        (LayerGroup, "make_room", 2),  # larger scores, in mid-answer
         (Engine, "start", 1),
         (engine, "select_topk", 2),
         (attention, "sparse_attention", 5),  # a draft's workspace

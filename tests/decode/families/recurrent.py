@@ -68,7 +68,7 @@ def qwen3_5_text(rows: int) -> tuple[Any, dict[str, Tensor]]:
     from transformers import Qwen3_5ForCausalLM, Qwen3_5TextConfig
 
     model = remembering(Qwen3_5ForCausalLM(Qwen3_5TextConfig(**HYBRID)))
-    return model, padded([words(90 - 7 * row) for row in range(rows)])
+    return model, padded([words(120 - 7 * row) for row in range(rows)])
 
 
 @family("Qwen3.5", "video", "gated delta layers")
