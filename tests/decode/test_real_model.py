@@ -36,7 +36,9 @@ def test_the_same_tokens_in_float32(sampled, texts):
                 assert stats.acceptance_rate > 0.4
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    "dtype", [pytest.param(torch.float16, marks=pytest.mark.slow), torch.bfloat16]
+)
 def test_the_same_tokens_in_half_precision_bit_for_bit(dtype):
     """With rounding as it comes, one of three such texts has another token in bfloat16."""
     tokenizer, model = loaded(dtype)

@@ -55,7 +55,17 @@ def test_no_pass_reads_a_value_or_depends_on_one(make_case, uncaptured, monkeypa
     assert shapes == [(2, 1, 120), (2, 4, 120), (2, 1, 120)]  # draft, verify, dense
 
 
-@pytest.mark.parametrize(("family", "rows"), [*((family, 1) for family in COMPILED), ("llama", 3)])
+@pytest.mark.parametrize(
+    ("family", "rows"),
+    [
+        *(("qwen2_vl", 1), ("gemma3", 1), ("llama", 3)),
+        *(
+            pytest.param(family, 1, marks=pytest.mark.slow)
+            for family in COMPILED
+            if family not in ("qwen2_vl", "gemma3")
+        ),
+    ],
+)
 def test_each_pass_is_one_graph_that_is_compiled_once(
     make_case, uncaptured, monkeypatch, family, rows
 ):
