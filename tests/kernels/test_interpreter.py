@@ -14,8 +14,12 @@ import pytest
 pytest.importorskip("triton")
 ROOT = Path(__file__).parents[2]
 HERE = Path(__file__).parent
-# The GPU suite too, at tiny sizes: otherwise its code would first run where time is short.
-FILES = [*sorted((HERE / "interpreter").glob("test_*.py")), HERE / "test_gpu.py"]
+# The GPU suite too, at tiny sizes: otherwise its code would first run where time is short. CI does
+# so with the oldest and the newest Triton.
+FILES = [
+    *sorted((HERE / "interpreter").glob("test_*.py")),
+    pytest.param(HERE / "test_gpu.py", marks=pytest.mark.slow),
+]
 
 
 def test_there_are_files_to_run():
