@@ -217,7 +217,8 @@ def _int4_linear_merge_kernel(
     out = tl.load(partial_ptr + at, mask=inside, other=0.0)
     for split in tl.static_range(1, MOST):
         partial_ptr += size
-        out += tl.load(partial_ptr + at, mask=inside & (split < S), other=0.0)
+        # Not `inside & ...`: of a scalar, Triton 3.9's interpreter makes a mask of integers.
+        out += tl.load(partial_ptr + at, mask=at < tl.where(split < S, size, 0), other=0.0)
     if bias_ptr is not None:
         out += tl.load(bias_ptr + at % N, mask=inside, other=0.0).to(tl.float32)
     tl.store(out_ptr + at, cast(out, out_ptr.dtype.element_ty), mask=inside)
