@@ -27,7 +27,8 @@ def _causal_conv1d_kernel(
     total = tl.zeros([BLOCK_C], tl.float32)
     for w in tl.static_range(W):
         at = n - (W - 1 - w)
-        here = (c < C) & (at >= 0)
+        # Not `(c < C) & ...`: of a scalar, Triton 3.9's interpreter makes a mask of integers.
+        here = c < tl.where(at >= 0, C, 0)
         slot = tl.maximum(at, 0) % P
         inputs = inputs_ptr + b * stride_inputs_b + slot.to(tl.int64) * stride_inputs_p + c
         x = tl.load(inputs, mask=here, other=0.0).to(tl.float32)

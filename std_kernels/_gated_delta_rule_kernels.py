@@ -31,13 +31,14 @@ def _token(
     """Token n's inputs, as they are in memory; zeros beyond the last."""
     some = n < stop
     slot = (n % P).to(tl.int64)
-    keys = some & (k < DK)
-    key = tl.load(key_ptr + slot * stride_key_p + k, mask=keys, other=0.0)
-    value = tl.load(value_ptr + slot * stride_value_p + v, mask=some & (v < DV), other=0.0)
+    # Bounds, not `some & ...`: of a scalar, Triton 3.9's interpreter makes a mask of integers.
+    keys, values = tl.where(some, DK, 0), tl.where(some, DV, 0)
+    key = tl.load(key_ptr + slot * stride_key_p + k, mask=k < keys, other=0.0)
+    value = tl.load(value_ptr + slot * stride_value_p + v, mask=v < values, other=0.0)
     g = tl.load(g_ptr + slot * stride_g_p, mask=some, other=0.0)
     beta = tl.load(beta_ptr + slot * stride_beta_p, mask=some, other=0.0)
     at = query_ptr + (n - start).to(tl.int64) * stride_query_t + k
-    query = tl.load(at, mask=keys & (n >= start), other=0.0)
+    query = tl.load(at, mask=k < tl.where(n >= start, keys, 0), other=0.0)
     return query, key, value, g, beta
 
 
@@ -104,7 +105,7 @@ def _gated_delta_rule_kernel(
         state = tl.fma(keys, tl.broadcast_to(delta[None, :], state.shape), state)
         out = tl.sum(tl.fma(state, tl.broadcast_to(asked[:, None], state.shape), 0.0), 0)
         at = out_ptr + (n - start).to(tl.int64) * (HV * DV)
-        tl.store(at, cast(out, out_ptr.dtype.element_ty), mask=(v < DV) & (n >= start))
+        tl.store(at, cast(out, out_ptr.dtype.element_ty), mask=v < tl.where(n >= start, DV, 0))
 
 
 def gated_delta_rule(

@@ -75,14 +75,17 @@ def _rope_write_kernel(
     is_query, is_value = head < HQ, head >= HQ + HKV
     is_key = (head >= HQ) & (head < HQ + HKV)
     half: tl.constexpr = ROTARY // 2
-    turned = (d < ROTARY) & (head < HQ + HKV)
+    # Bounds, not `keep & is_key`: of a scalar, Triton 3.9's interpreter makes a mask of integers.
+    turned = d < tl.where(is_value, 0, ROTARY)
+    queries, keys = tl.where(is_query, D, 0), tl.where(is_key, D, 0)
     other = tl.where(d < half, d + half, d - half)
     y = _head(qkv_ptr, first + other, turned, stride_s, bias_ptr, S, dtype)
     if q_norm_ptr is not None:
         scale = rms_scale(x, inverse, eps)
-        weight = _of_either(q_norm_ptr, k_norm_ptr, d, keep & is_query, keep & is_key)
+        weight = _of_either(q_norm_ptr, k_norm_ptr, d, d < queries, d < keys)
         x = tl.where(is_value, x, _normed(x, scale, weight, dtype))
-        weight = _of_either(q_norm_ptr, k_norm_ptr, other, turned & is_query, turned & is_key)
+        queried, keyed = tl.where(is_query, ROTARY, 0), tl.where(is_key, ROTARY, 0)
+        weight = _of_either(q_norm_ptr, k_norm_ptr, other, d < queried, d < keyed)
         y = _normed(y, scale, weight, dtype)
     cos = tl.load(cos_ptr + b * stride_cos_b + t * stride_cos_t + d, mask=turned, other=1.0)
     sin = tl.load(sin_ptr + b * stride_sin_b + t * stride_sin_t + d, mask=turned, other=0.0)
@@ -91,11 +94,11 @@ def _rope_write_kernel(
     one = cast(tl.fma(x, cos.to(tl.float32), tl.zeros_like(x)), dtype).to(tl.float32)
     two = cast(tl.fma(y, sin.to(tl.float32), tl.zeros_like(y)), dtype).to(tl.float32)
     x = cast(tl.where(turned, one + two, x), dtype)
-    tl.store(query_ptr + ((b * HQ + head) * T + t) * D + d, x, mask=keep & is_query)
+    tl.store(query_ptr + ((b * HQ + head) * T + t) * D + d, x, mask=d < queries)
     at = b * stride_keys_b + (head - HQ).to(tl.int64) * stride_keys_h + slot * stride_keys_n
-    tl.store(keys_ptr + at + d, x, mask=keep & is_key)
+    tl.store(keys_ptr + at + d, x, mask=d < keys)
     at = b * stride_values_b + (head - HQ - HKV).to(tl.int64) * stride_values_h
-    tl.store(values_ptr + at + slot * stride_values_n + d, x, mask=keep & is_value)
+    tl.store(values_ptr + at + slot * stride_values_n + d, x, mask=d < tl.where(is_value, D, 0))
 
 
 def rope_write(
