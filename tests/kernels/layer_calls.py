@@ -55,6 +55,16 @@ def results(op, values):
     return (*made, values["keys"], values["values"]) if op == "rope_write" else made
 
 
+def assert_only_the_slots_are_written(values):
+    """Of `rope_write`: and each of them is."""
+    before = copied(values)
+    call("rope_write", values)
+    for name in ("keys", "values"):
+        kept = torch.ones(2, 20, dtype=torch.bool).scatter_(1, values["slots"], False)
+        same = (values[name] == before[name]).all(-1)
+        assert torch.equal(same, kept[:, None].expand_as(same))
+
+
 def expected(op, values, dtype=torch.float64):
     values = dict(values)
     values.pop("dtype", None)

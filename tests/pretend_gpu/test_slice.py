@@ -53,6 +53,13 @@ def test_gpu_tests():
     assert f"{len(names)} passed" in done.stdout, done.stdout[-4000:]
 
 
+def records_of(done, folder, name):
+    """What a command that ended well left in its only file of such a name."""
+    assert done.returncode == 0, done.stderr[-4000:]
+    (path,) = folder.glob(name)
+    return [json.loads(line) for line in path.read_text().splitlines()][1:]
+
+
 def test_bench_decode(tmp_path):
     """Each way that runs without Dynamo, with 4-bit drafts, all tokens those of transformers."""
     done = bench(
@@ -60,9 +67,7 @@ def test_bench_decode(tmp_path):
         "own", "int4", "--new-tokens", "7", "--runs", "1", "--ways", "dense", "drafts",
         "--out", tmp_path,
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-4000:]
-    (path,) = tmp_path.glob("decode-pretend-*.jsonl")
-    records = [json.loads(line) for line in path.read_text().splitlines()][1:]
+    records = records_of(done, tmp_path, "decode-pretend-*.jsonl")
     assert {r["status"] for r in records} == {"ok"}, records
     drafted = [r for r in records if r["kind"] == "decode" and r.get("draft_length")]
     assert drafted and all(r["same_as_transformers"] == "7 of 7" for r in drafted)
@@ -74,9 +79,7 @@ def test_bench_kernels(tmp_path):
         "kernels", "--quick", "--context", "512", "--top-k-keys", "64", "--op",
         "score_keys", "select_topk", "--out", tmp_path,
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-4000:]
-    (path,) = tmp_path.glob("*.jsonl")
-    records = [json.loads(line) for line in path.read_text().splitlines()][1:]
+    records = records_of(done, tmp_path, "*.jsonl")
     assert {r["what"] for r in records if r["status"] == "ok"} > {"ours", "eager"}
     assert not [r for r in records if r["status"] != "ok" or "relaunched" in r], records
 
@@ -88,9 +91,7 @@ def test_bench_kernels_of_4_bits(tmp_path):
         "kernels", "--quick", "--shape", "tiny", "--op", "int4_linear", "--batch", "1", "5",
         "--out", tmp_path,
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-4000:]
-    (path,) = tmp_path.glob("*.jsonl")
-    records = [json.loads(line) for line in path.read_text().splitlines()][1:]
+    records = records_of(done, tmp_path, "*.jsonl")
     named = {"copy", "ours", "partials", "int4pack_mm", "dense-weights"}
     assert {r["what"] for r in records if r["status"] == "ok"} == named, records
     assert not [r for r in records if r["status"] != "ok" or "relaunched" in r], records
