@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -15,15 +15,12 @@ from std_decode.model.layer_group import LayerGroup, group_layers
 from std_decode.model.running_pass import Pass, Phase, compiled_for, uncompiled
 from std_decode.model.selection_rules import Selection
 from std_decode.model.switch import attention_of
+from std_decode.passes.compiling import compile_pass, compiling, settings
 from std_decode.passes.graphs import Graphs
 from std_decode.passes.promise import ROUNDED, Promise
 from std_decode.stats import Clock, DecodeStats
 from std_decode.weights.twins import Twins
 from std_kernels import select_topk
-
-# Compiled variants of a pass that may live at a time; PyTorch's own limit, 8, is soon reached by a
-# few batch sizes and draft lengths, and ends the call with an error.
-MOST_COMPILED = 64
 
 # What generate passes per token that a round works out for itself; the rest it hands on.
 _OWN_INPUTS = {
@@ -52,21 +49,6 @@ def spoiled(logits: Tensor) -> Tensor:
     first; NaN in its attention is NaN in all its logits.
     """
     return logits[:, 0, 0].isnan()
-
-
-def compile_pass(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """The same pass with its small kernels (norms, rotary, activations, residuals) fused."""
-    # Fused kernels keep more digits between operators than bfloat16 has; rounding there as plain
-    # PyTorch does keeps the choices of the unpatched model.
-    options = {"emulate_precision_casts": True}
-    return torch.compile(forward, fullgraph=True, dynamic=False, options=options)
-
-
-def _compiling(phase: Phase) -> AbstractContextManager:
-    """Tell someone at a terminal what takes so long."""
-    from rich.console import Console
-
-    return Console(stderr=True).status(f"std_decode: compiling the {phase} pass, once")
 
 
 class Engine:
@@ -315,7 +297,7 @@ class Engine:
             given = static["tokens"], static["positions"], padding
             return self.compute(phase, *given, shared, rescore)
 
-        with _compiling(phase) if new and self.compiles else nullcontext():
+        with compiling(phase) if new and self.compiles else nullcontext():
             return self.graphs.run(key, step)
 
     def capturable(self, shared: dict[str, Any]) -> bool:
@@ -373,8 +355,7 @@ class Engine:
             if self.compiled is None or running.phase == "prefill":
                 with uncompiled():
                     return self.forward(**inputs)
-            limit = torch._dynamo.config.patch(recompile_limit=MOST_COMPILED)
-            with compiled_for(running), limit:
+            with compiled_for(running), settings():
                 return self.compiled(**inputs)
 
     def select(self, selection: Selection) -> None:

@@ -7,7 +7,7 @@ from torch._dynamo.testing import CompileCounter
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import std_decode
-from std_decode.passes import engine, graphs, pool
+from std_decode.passes import compiling, engine, graphs, pool
 from tests.decode.families import FAMILIES
 
 # Where each layer is compiled, which takes seconds: one of each kind of attention and positions.
@@ -109,3 +109,32 @@ def test_kernels_of_a_decoder_layer(make_case, uncaptured, monkeypatch, top_k_ke
         counts[layers] = metrics.generated_kernel_count
     # Of a draft pass and of a verifying one.
     assert counts[2] - counts[1] <= 2 * 13 + renewing
+
+
+def test_a_pass_compiled_with_other_ops_is_not_taken_from_the_cache(
+    make_case, uncaptured, monkeypatch, tmp_path
+):
+    """PyTorch's cache on disk would give it back after an upgrade, with the strides of before."""
+    from torch._dynamo.utils import counters
+
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    case = make_case("llama", 0, max_new_tokens=8)
+    expected = case.generate()
+    hits = []
+    for version in ("one", "one", "another"):
+        monkeypatch.setattr(compiling, "version_of_ops", lambda version=version: version)
+        torch._dynamo.reset()
+        counters.clear()
+        with std_decode.patched(case.model, draft_length=3, top_k_keys=8, compile=True):
+            case.assert_same_tokens(expected, case.generate())
+        hits.append(counters["aot_autograd"]["autograd_cache_hit"])
+    assert hits == [0, 2, 0]  # draft and verify
+
+
+def test_the_version_of_the_ops_is_that_of_their_sources(monkeypatch, tmp_path):
+    versions = []
+    for source in ("a = 1", "a = 2"):
+        (tmp_path / "op.py").write_text(source)
+        monkeypatch.setattr(compiling.std_kernels, "__file__", str(tmp_path / "__init__.py"))
+        versions.append(compiling.version_of_ops.__wrapped__())
+    assert versions[0] != versions[1]
