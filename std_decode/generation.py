@@ -228,7 +228,10 @@ def _engine(
         if input_ids.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(input_ids.device)
         forward = MethodType(options.original_class.__call__, model)
-        engine.start(forward, given, kv_start, selection, stats, twins, order, promise, fused)
+        prompt = past + new if config.prefill_chunk_size is not None else 0
+        engine.start(
+            forward, given, kv_start, selection, stats, twins, order, promise, fused, prompt
+        )
     except BaseException:
         engine.release()  # an earlier call's buffers may be in it
         raise

@@ -56,7 +56,6 @@ def fallback_reason(
         "use_cache is off": not kwargs.get("use_cache"),
         "attentions or hidden states are returned": config.output_attentions
         or config.output_hidden_states,
-        "prefill is chunked": config.prefill_chunk_size is not None,
         "the model is the assistant of another": config.is_assistant,
         "generate is synchronised across GPUs (FSDP or DeepSpeed)": synced_gpus,
         "the prompt is given as inputs_embeds": input_ids.shape[1] == 0
@@ -83,7 +82,11 @@ def fallback_reason(
         return "the attention mask is not made of zeros and ones, the last of every row a one"
     if any(sliding_windows(model.get_decoder().config)) and holes_first(mask) is not None:
         return "the attention mask has holes, which count in the model's sliding windows"
-    if not _rope_is_constant(model, past, new, input_ids, config, kwargs["position_ids"]):
+    chunk = config.prefill_chunk_size
+    if past and chunk is not None and CACHE != "cache":
+        return "this transformers reads a prompt in chunks as though the cache given were empty"
+    first = new if chunk is None else max(1, min(new, chunk))
+    if not _rope_is_constant(model, past, first, new, input_ids, config, kwargs["position_ids"]):
         return "the model's RoPE depends on the sequence length, and changes within this call"
     return model._std_decode.tried.reason(model, len(input_ids))
 
@@ -192,21 +195,28 @@ def newest_run(mask: Tensor) -> Tensor:
 def _rope_is_constant(
     model: PreTrainedModel,
     past: int,
+    first: int,
     new: int,
     input_ids: Tensor,
     config: GenerationConfig,
     position_ids: Tensor,
 ) -> bool:
-    """Whether a token's rotation cannot depend on what it is fed with, or on what was before."""
+    """Whether a token's rotation cannot depend on what it is fed with, or on what was before.
+
+    Args:
+        first: of the `new` tokens, those that the first pass reads.
+    """
     decoder = model.get_decoder()
     if not rope.follows_length(decoder):
         return True
     # The caller's own positions, or those of a video, may be ahead of the number of tokens. Of the
     # positions on several axes (Qwen-VL's) RoPE may go by any.
+    prompt = position_ids[..., -new:]
     prefill, step = (
-        torch.atleast_2d(position_ids[..., -count:]).flatten(-2).amax(-1) for count in (new, 1)
+        torch.atleast_2d(part).flatten(-2).amax(-1)
+        for part in (prompt[..., :first], prompt[..., -1:])
     )
-    shortest = min(past + new, int(prefill.min()) + 1, int(step.min()) + 2)
+    shortest = min(past + first, int(prefill.min()) + 1, int(step.min()) + 2)
     read = max(0, config.max_length - input_ids.shape[1] - 1)  # new ones; the last never is
     longest = max(past + new, int(position_ids.max()) + 1) + read
     return rope.is_constant(decoder, past, shortest, longest)

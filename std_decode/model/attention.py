@@ -67,10 +67,12 @@ class Attending:
         running, query = self.running, self.query
         if running.phase == "prefill":
             if running.selection is not None and self.layer.window is None:
-                scores = _score_prompt(
-                    running.cache, running.selection, query, self.key, self.options
-                )
-                self.layer.weigh_prompt(scores, query.shape[1])
+                voters = self.layer.voters(query, running.selection.window, running.partial)
+                if not running.partial:
+                    scores = _score_prompt(
+                        running.cache, running.selection, voters, self.key, self.options
+                    )
+                    self.layer.weigh_prompt(scores, query.shape[1])
             return self.dense(self.module, query, self.key, self.value, self.mask, **self.given)
         if running.alone is not None:
             return each_alone(self, running.alone)
@@ -91,7 +93,7 @@ def _score_prompt(
     if cache.order is not None:
         key = key.take_along_dim(_on(query, cache.order)[:, None, :, None], dim=2)
     return score_keys(
-        query[:, :, -selection.window :],
+        query,
         key,
         _on(query, cache.span.kv_len),
         kv_start=_on(query, cache.kv_start),

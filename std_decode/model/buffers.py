@@ -24,6 +24,7 @@ class BufferLayer(CacheLayerMixin):
         indices: selected key positions, int32 ``[B, Hkv, K]``, ascending, padded with -1.
         importance: what the prompt's keys compete by, float32 ``[B, Hkv, S]``.
         query_heads: Hq.
+        newest_queries: of the prompt so far, where more of it is to be read, see `voters`.
         newest_lse: log-sum-exp of the newest draft step, float32 ``[B, Hq, 1]``.
         group, place: what the layer shares with others (`LayerGroup`), and its place among them;
             None before the first selection.
@@ -42,6 +43,7 @@ class BufferLayer(CacheLayerMixin):
         self.indices: Any = None
         self.importance: Any = None
         self.query_heads = 0
+        self.newest_queries: Any = None
         self.newest_lse: Any = None
         self.group: Any = None
         self.place = 0
@@ -117,6 +119,19 @@ class BufferLayer(CacheLayerMixin):
             new = old.new_empty(*old.shape[:2], capacity, old.shape[3])
             new[:, :, : self.owner.longest] = old[:, :, : self.owner.longest]
             setattr(self, name, new)
+
+    def voters(self, query: Tensor, count: int, partial: bool) -> Tensor:
+        """The newest `count` queries of the prompt so far, ``[B, Hq, count, D]``.
+
+        Args:
+            query: of this pass, ``[B, Hq, T, D]``.
+            partial: whether more of the prompt follows, whose last pass may have too few.
+        """
+        newest, before = query[:, :, -count:], self.newest_queries
+        if before is not None and newest.shape[2] < count:
+            newest = torch.cat([before, newest], dim=2)[:, :, -count:]
+        self.newest_queries = newest.clone() if partial else None  # without the rest of `query`
+        return newest
 
     def weigh_prompt(self, scores: Tensor, query_heads: int) -> None:
         """Begin with the importance that prefill's scores tell, ``[B, Hkv, S]``, used up."""

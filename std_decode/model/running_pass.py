@@ -28,6 +28,7 @@ class Pass:
     Attributes:
         layers: the attention modules that take part, by `layer_idx`.
         selection: None where nothing will be drafted, hence nothing is scored.
+        partial: whether more of the prompt is to be read.
         rescore: whether verification hands out scores for a new selection.
         alone: each row's length before the pass, where every token attends by the model's own
             function as plain decoding has it: alone, on the CPU; else None.
@@ -44,6 +45,7 @@ class Pass:
     cache: SparseToDenseCache
     layers: dict[int, nn.Module]
     selection: Selection | None = None
+    partial: bool = False
     rescore: bool = False
     alone: list[int] | None = None
     twins: object = None

@@ -103,6 +103,7 @@ class Engine:
         order: Tensor | None = None,
         promise: Promise = ROUNDED,
         fused: object = None,
+        prompt: int = 0,
     ) -> None:
         """Begin a generate call.
 
@@ -116,7 +117,9 @@ class Engine:
             order: see `SparseToDenseCache`.
             promise: that the decoding passes have to keep.
             fused: whose layers run fused in them, see `Pass`.
+            prompt: tokens that it has in all, where it is read in several passes; else 0.
         """
+        self.prompt = prompt
         self.forward, self.selection, self.stats = forward, selection, stats
         self.clock = Clock(stats, self.cache.lengths.device)
         self.twins, self.fused = twins, fused
@@ -141,12 +144,19 @@ class Engine:
         self.cache.release()
 
     def prefill(self, **inputs: Any) -> Any:
-        """The prompt's (or the new question's) pass, through the model's own attention."""
+        """A pass of the prompt's (or the new question's), through the model's own attention.
+
+        Nothing is selected before the last of them.
+        """
         new = inputs["input_ids"].shape[1]
         self.cache.expect(new)
         with self.clock.timed("prefill"):
             running = Pass("prefill", self.cache, self.layers, self.selection)
+            running.partial = self.cache.longest + new < self.prompt
             outputs = self.run(running, inputs)
+        if running.partial:
+            self.cache.advance(new, self.cache.longest + new)
+            return outputs
         self.cache.finish_prefill(new)
         if self.selection is not None:
             self.select(self.selection)

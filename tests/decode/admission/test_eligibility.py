@@ -243,7 +243,6 @@ def assert_is_accelerated(case, call=None):
         (dict(use_cache=False), "use_cache is off"),
         (dict(cache_implementation="static"), "not a plain DynamicCache"),
         (dict(cache_implementation="sliding_window"), "not a plain DynamicCache"),
-        (dict(prefill_chunk_size=8), "prefill is chunked"),
         (dict(output_hidden_states=True, return_dict_in_generate=True), "hidden states"),
         (dict(output_attentions=True, return_dict_in_generate=True), "attentions"),
     ],

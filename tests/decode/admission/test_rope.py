@@ -98,6 +98,14 @@ def test_prompts_around_the_switch(case_of, name):
 
 
 @pytest.mark.parametrize("name", MODELS)
+def test_a_prompt_in_chunks_goes_by_its_first(case_of, name):
+    model = MODELS[name]()
+    check(case_of(model, 40), prefill_chunk_size=20)
+    check(case_of(model, 150), CHANGES, prefill_chunk_size=20)
+    check(case_of(model, 150), prefill_chunk_size=SWITCH + 1)
+
+
+@pytest.mark.parametrize("name", MODELS)
 def test_a_batch_goes_by_its_longest_row(case_of, name):
     model = MODELS[name]()
     for lengths in ((20, SWITCH + 1, 50), (SWITCH + 30, SWITCH - 8)):
