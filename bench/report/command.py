@@ -13,9 +13,10 @@ from bench.arguments import new_parser
 from bench.environment import ROOT
 from bench.report import gpu_notes, tables
 
+PAGES = ("README.md", "docs/pays.md", "docs/cards.md", "docs/measured.md")
 _HELP = f"""\
-Rewrites the tables of README.md, docs/pays.md and docs/measured.md that come from results files,
-and draws each file's plots. A table stands between the lines
+Rewrites the tables of README.md, docs/pays.md, docs/cards.md and docs/measured.md that come from
+results files, and draws each file's plots. A table stands between the lines
 
   <!-- table: NAME -->
   <!-- end -->
@@ -30,6 +31,7 @@ its first record says which, with versions, driver, commit and date:
   promises  promises-DEVICE.jsonl, by python -m bench promises
   real      real-DEVICE.jsonl, by python -m bench real
   ceiling   roofline.md, by python -m bench roofline: predicted, not measured
+  cards     roofline-link.md, by python -m bench roofline --link: likewise
   pays      rows of demo and of ceiling
 
 gpu-notes.md, beside the results, sets what a GPU showed of Qwen2-VL-7B beside what was predicted.
@@ -52,8 +54,8 @@ def add_parser(commands: Any) -> None:
     add("--results", type=Path, default=ROOT / "bench/results", metavar="DIR",
         help="where the files are (default bench/results)")  # fmt: skip
     add("--readme", type=Path, nargs="+", metavar="FILE",
-        default=[ROOT / "README.md", ROOT / "docs/pays.md", ROOT / "docs/measured.md"],
-        help="what to rewrite (default README.md, docs/pays.md, docs/measured.md)")  # fmt: skip
+        default=[ROOT / name for name in PAGES],
+        help=f"what to rewrite (default {', '.join(PAGES)})")  # fmt: skip
     parser.set_defaults(run=run)
 
 

@@ -10,6 +10,9 @@ from typing import Any
 from bench.environment import in_words
 from bench.records import Record, markdown_table, read
 from bench.report import real as pretrained
+from bench.roofline.devices import GPUS
+from bench.roofline.offload_tables import NAME as LINKED
+from bench.roofline.offload_tables import WHICH
 from bench.roofline.tables import EXPECTED
 
 # Of bench/results/roofline.md: rows, columns, and the GPU.
@@ -268,6 +271,35 @@ def ceiling(results: Path) -> list[str]:
     return markdown_table(head, shown)
 
 
+# What a GPU has no room for
+
+
+def cards(results: Path) -> list[str]:
+    """Of `bench roofline --link` the set-up of each model and GPU, over the GPU's own PCIe."""
+    path = results / LINKED
+    text = path.read_text(encoding="utf-8")
+    head, *rows = _rows(text.partition(f"## {WHICH}")[2].partition("\n## ")[0])
+    if head[:3] != ["model", "GPU", "link"]:
+        raise Unclear(f"{path} has no table of models, GPUs and links, {WHICH}")
+    shown = [
+        [model, f"{gpu}, {GPUS[gpu].memory >> 30} GB, {link}", *cells]
+        for model, gpu, link, *cells in rows
+        if link == f"pcie{GPUS[gpu].pcie}"
+    ]
+    terms = re.search("^PREDICTED.*: (.*)$", text, re.MULTILINE)
+    links = re.findall(r"^- (pcie\d: \d+ GB/s) \(", text, re.MULTILINE)
+    if terms is None or not links:
+        raise Unclear(f"{path} does not say what it takes for granted")
+    said = f"Predicted, not measured: bfloat16, {terms[1].removesuffix('.')}; {', '.join(links)}."
+    return [*markdown_table(["predicted", "GPU", *head[3:]], shown), "", said]
+
+
+def _rows(section: str) -> list[list[str]]:
+    """Cells of a Markdown table's rows."""
+    lines = [line for line in section.splitlines() if line.startswith("| ")]
+    return [line.strip("| ").split(" | ") for line in lines]
+
+
 def _ceilings(
     results: Path, heading: str = "## Predicted speedups"
 ) -> tuple[dict[str, dict[str, str]], str]:
@@ -275,7 +307,7 @@ def _ceilings(
     path = results / "roofline.md"
     text = path.read_text(encoding="utf-8")
     section = text.partition(f"{heading}")[2].partition("\n## ")[0]
-    rows = [row.strip("| ").split(" | ") for row in section.splitlines() if row.startswith("| ")]
+    rows = _rows(section)
     columns = next((row for row in rows if row[:2] == ["model", "GPU"]), None)
     found = {row[0]: row for row in rows if row[1] == GPU}
     if columns is None or {*MODELS} - {*found} or {*CELLS} - {*columns}:
@@ -338,5 +370,6 @@ TABLES: dict[str, Callable[[Path], list[str]]] = {
     "promises": promises,
     "real": real,
     "ceiling": ceiling,
+    "cards": cards,
     "pays": pays,
 }

@@ -15,9 +15,9 @@ from typing import Any
 
 from bench.arguments import between, new_parser
 from bench.models.dimensions import FOUR_BIT_BYTES, GROUP, SHAPES
-from bench.roofline import expected
+from bench.roofline import expected, offload
 from bench.roofline.cells import make_cell
-from bench.roofline.devices import GPUS
+from bench.roofline.devices import GPUS, LINKS, linked
 from bench.roofline.measured import efficiency
 from bench.roofline.predictions import (
     MOST_DRAFTS,
@@ -79,6 +79,15 @@ GPU; the rest is for the vision tower, activations and libraries. What does not 
 all the same, and said so. --tensor-parallel N shares weights, KV heads and work among N GPUs;
 "fit" takes the fewest of 1, 2, 4 and 8 that hold the cell.
 
+WHAT DOES NOT FIT. With --link what a GPU has no room for lies on the host: --weights host those
+that find no room beside the rest, --kv host all keys and values but the selected; best takes the
+fastest set-up that fits. A dense step and a verification fetch it over the link once, while they
+compute, two layers ahead (their staging is counted); a draft fetches nothing if it has 4-bit
+weights, else those weights. Of a mixture of experts all are fetched. With --link nvme weights come
+from an SSD, keys and values from the host's memory over the GPU's own PCIe. The speedups are over
+the fastest dense decoding that fits, wherever it keeps what, fetched as well: transformers'
+offloading waits for each layer and is slower than that. --out writes roofline-link.md.
+
 --sweep draws the map of speedups over batch x context, one panel for each kind of drafts, and
 writes its numbers beside it: roofline-MODEL-GPU.png and .json in DIR. Without it --out writes the
 tables: roofline.md. Needs matplotlib: pip install "sparse-to-dense[bench]".
@@ -86,13 +95,15 @@ tables: roofline.md. Needs matplotlib: pip install "sparse-to-dense[bench]".
 Exit status: 0, or 2 if what was asked for does not exist.
 
 models  {_lines(MODELS)}
-GPUs    {_lines(GPUS)}"""
+GPUs    {_lines(GPUS)}
+links   {_lines(f"{name} ({link.bandwidth / 1e9:g} GB/s)" for name, link in LINKS.items())}"""
 _EXAMPLES = """\
 examples:
   python -m bench roofline --model qwen2-vl-7b --gpu h200 --batch 8 --context 25000
   python -m bench roofline --model all --gpu a100 l40s --tensor-parallel fit
   python -m bench roofline --model qwen2-vl-7b --gpu h200 --efficiency 0.9 --draft-length 4
-  python -m bench roofline --model qwen3-vl-8b --gpu h100 --sweep --out maps"""
+  python -m bench roofline --model qwen3-vl-8b --gpu h100 --sweep --out maps
+  python -m bench roofline --model qwen2.5-vl-32b --gpu rtx-4090 --link pcie4 --weights host"""
 
 
 def _or(word: str, least: int, most: int) -> Callable[[str], int | None]:
@@ -134,6 +145,11 @@ def add_parser(commands: Any) -> None:
         help="GPUs that share the model, or fit (default 1)")  # fmt: skip
     add("--efficiency", type=between(float, 0.01, 1), metavar="E", default=1.0,
         help="share of the peak bandwidth that is reached (default 1, the roofline)")  # fmt: skip
+    add("--link", nargs="+", metavar="LINK",
+        help="what comes from the host comes over this: pcie4, pcie5, nvme")  # fmt: skip
+    for name, what in (("--weights", "weights"), ("--kv", "keys and values")):
+        add(name, choices=[*offload.PLACES, "best"],
+            help=f"where {what} lie (default device; with --link best)")  # fmt: skip
     add("--sweep", action="store_true", help="draw the map of speedups, into --out")
     add("--json", type=Path, metavar="FILE", help="write the table's numbers here, unrounded")
     add("--out", type=Path, metavar="DIR", help="where to write (default: only print)")
@@ -158,8 +174,8 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _check(options: argparse.Namespace) -> None:
-    for name, known in (("model", [*SHAPES, "all"]), ("gpu", [*GPUS])):
-        for value in getattr(options, name):
+    for name, known in (("model", [*SHAPES, "all"]), ("gpu", [*GPUS]), ("link", [*LINKS])):
+        for value in getattr(options, name) or ():
             if value not in known:
                 raise _Refused(f"--{name} is {value}, expected one of {', '.join(known)}")
     if "all" in options.model:
@@ -172,6 +188,7 @@ def _check(options: argparse.Namespace) -> None:
                 f"--tensor-parallel is {gpus}, expected a number that {shape.heads} query heads "
                 f"and {shape.kv_heads} KV heads of {name} can be shared by"
             )
+    _check_places(options)
     if options.sweep:
         if options.out is None:
             raise _Refused("--sweep draws a map, expected --out DIR to put it into")
@@ -186,6 +203,22 @@ def _check(options: argparse.Namespace) -> None:
                 raise _Refused(f"--{name} is {values[0]}, expected two values or more for a map")
     options.batch = options.batch or [1]
     options.context = options.context or [25000]
+
+
+def _check_places(options: argparse.Namespace) -> None:
+    for name in ("weights", "kv"):
+        place = getattr(options, name) or ("best" if options.link else "device")
+        setattr(options, name, place)
+        if place != "device" and not options.link:
+            raise _Refused(f"--{name} is {place}, expected --link too, to fetch them over")
+    if not options.link:
+        return
+    if options.sweep or options.tensor_parallel != 1:
+        raise _Refused("--link is of one GPU and of the tables, expected no other option of these")
+    pairs = product(options.gpu, options.link)
+    if not any(linked(GPUS[gpu], link) for gpu, link in pairs):
+        gpus = ", ".join(options.gpu)
+        raise _Refused(f"--link is pcie5, expected pcie4 or nvme for the PCIe 4 of {gpus}")
 
 
 def records(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
@@ -235,19 +268,23 @@ def _record(
 def _tables(options: argparse.Namespace) -> None:
     from rich.console import Console
 
-    from bench.roofline import tables
+    from bench.roofline import offload_tables, tables
 
-    found = list(records(options))
+    shown_by, found = (
+        (offload_tables, list(offload.records(options)))
+        if options.link
+        else (tables, list(records(options)))
+    )
     console = Console(width=None if sys.stdout.isatty() else 200)
-    for shown in tables.rich_tables(options, found):
+    for shown in shown_by.rich_tables(options, found):
         console.print(shown)
     if options.json is not None:
         text = json.dumps({**assumptions(options), "predictions": found}, indent=1)
         tables.write(options.json, f"{text}\n".encode())
         console.print(f"written to {options.json}", soft_wrap=True)
     if options.out is not None:
-        path = options.out / "roofline.md"
-        tables.write(path, tables.markdown(options, found).encode())
+        path = options.out / shown_by.NAME
+        tables.write(path, shown_by.markdown(options, found).encode())
         console.print(f"written to {path}", soft_wrap=True)
 
 

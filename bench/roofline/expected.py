@@ -25,6 +25,19 @@ def draft_seconds(cell: Cell, four_bit: bool, by: Efficiency = EXPECTED) -> floa
     return costs.draft_seconds(_workload(cell, four_bit=four_bit), cell.together, by)
 
 
+def _of_layers(cell: Cell, by: Efficiency) -> Efficiency:
+    if cell.shape.recurrent is None:
+        return by
+    # Such layers are as transformers has them.
+    names = ("dense_launches", "verify_launches", "draft_launches", "four_bit_launches")
+    return replace(by, **{name: getattr(UNFUSED, name) for name in (*names, "launch")})
+
+
+def step_seconds(cell: Cell, by: Efficiency = EXPECTED) -> float:
+    """A step of dense decoding."""
+    return dense_seconds(cell, by=_of_layers(cell, by)) + by.step
+
+
 def drafting(
     cell: Cell,
     four_bit: bool,
@@ -33,10 +46,8 @@ def drafting(
     by: Efficiency = EXPECTED,
 ) -> Prediction:
     """At this draft length, or the best of none to 63; the speedup is over our dense path."""
-    if cell.shape.recurrent is not None:  # such layers are as transformers has them
-        names = ("dense_launches", "verify_launches", "draft_launches", "four_bit_launches")
-        by = replace(by, **{name: getattr(UNFUSED, name) for name in (*names, "launch")})
-    dense = dense_seconds(cell, by=by) + by.step
+    by = _of_layers(cell, by)
+    dense = step_seconds(cell, by)
     draft = draft_seconds(cell, four_bit, by) + by.draft
     rest = costs.select_seconds(_workload(cell), cell.together, by) + by.round
 

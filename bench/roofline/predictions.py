@@ -48,7 +48,7 @@ class Cell:
     @property
     def together(self) -> Device:
         one = self.device
-        return Device(*(self.gpus * x for x in (one.bandwidth, one.flops, one.cycles)))
+        return Device(*(self.gpus * x for x in (one.bandwidth, one.flops, one.cycles, one.link)))
 
     @property
     def kv_bytes(self) -> int:

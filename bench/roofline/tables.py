@@ -18,6 +18,7 @@ _HEAD = (
     "expected", "pays from context", "pays from batch", "note",
 )  # fmt: skip
 Records = list[dict[str, Any]]
+NAME = "roofline.md"
 
 
 def write(path: Path, content: bytes) -> None:
@@ -132,7 +133,7 @@ def _paces(gpus: list[str]) -> str:
     return f"Paces of {', '.join(measured)} are measured as far as results files go."
 
 
-def _markdown_table(head: tuple[str, ...] | list[str], rows: list[list[str]]) -> list[str]:
+def markdown_table(head: tuple[str, ...] | list[str], rows: list[list[str]]) -> list[str]:
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     return lines + ["| " + " | ".join(row) + " |" for row in rows]
 
@@ -155,16 +156,16 @@ def markdown(options: argparse.Namespace, records: Records) -> str:
         "",
         f"{_OVERVIEW}. 1.00x: better not to draft.",
         "",
-        *_markdown_table(head, rows),
+        *markdown_table(head, rows),
         "",
         f"## {EXPECTED.capitalize()}{_stars(rows)}",
         "",
         "Predicted too, with launches, small kernels and the pace that kernels reach; passes are "
         f"captured and not compiled; over our own dense path. {_paces(options.gpu)}",
         "",
-        *_markdown_table(*_overview(records, "expected_speedup")),
+        *markdown_table(*_overview(records, "expected_speedup")),
     ]
     for (model, gpu), group in _grouped(records).items():
         lines += ["", f"## {model} on {gpu}, predicted", ""]
-        lines += _markdown_table(_HEAD, [_cells(record) for record in group])
+        lines += markdown_table(_HEAD, [_cells(record) for record in group])
     return "\n".join(lines) + "\n"

@@ -7,7 +7,7 @@ import shlex
 from typing import Any
 
 from bench.models.dimensions import FOUR_BIT_BYTES, SHAPES
-from bench.roofline.devices import GIB, GPUS
+from bench.roofline.devices import GIB, GPUS, LINKS
 from bench.roofline.predictions import USABLE
 
 PREDICTED = "PREDICTED, not measured"
@@ -16,7 +16,8 @@ MODELS = [name for name in SHAPES if name != "tiny"]
 
 
 def assumptions(options: argparse.Namespace) -> dict[str, Any]:
-    names = ("acceptance", "draft_length", "top_k_keys", "tensor_parallel", "efficiency")
+    names = ["acceptance", "draft_length", "top_k_keys", "tensor_parallel", "efficiency"]
+    names += ["link", "weights", "kv"] if options.link else []
     return {
         "status": PREDICTED,
         **{name: getattr(options, name) for name in names},  # None: best, fit
@@ -35,11 +36,16 @@ def in_words(options: argparse.Namespace) -> str:
 
 
 def gpu_in_words(gpu: str) -> str:
-    memory, device, source = GPUS[gpu]
+    memory, device, source, _ = GPUS[gpu]
     return (
         f"{gpu}: {device.bandwidth / 1e12:g} TB/s, {device.flops / 1e12:g} TFLOP/s of dense "
         f"bfloat16, {memory / GIB:g} GiB ({source})"
     )
+
+
+def link_in_words(link: str) -> str:
+    bandwidth, source = LINKS[link]
+    return f"{link}: {bandwidth / 1e9:g} GB/s ({source})"
 
 
 def model_in_words(model: str) -> str:
@@ -63,6 +69,10 @@ def command(options: argparse.Namespace) -> str:
     words += ["--acceptance", str(options.acceptance)]
     words += ["--draft-length", str(options.draft_length or "best")]
     words += ["--top-k-keys", str(options.top_k_keys)]
-    words += ["--tensor-parallel", str(options.tensor_parallel or "fit")]
-    words += ["--efficiency", str(options.efficiency), "--out", str(options.out)]
+    if not options.link:
+        words += ["--tensor-parallel", str(options.tensor_parallel or "fit")]
+    words += ["--efficiency", str(options.efficiency)]
+    if options.link:
+        words += ["--link", *options.link, "--weights", options.weights, "--kv", options.kv]
+    words += ["--out", str(options.out)]
     return shlex.join(words)

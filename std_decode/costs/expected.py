@@ -126,11 +126,12 @@ def dense_seconds(
     keys = workload.context * workload.kv_bytes * (1 + more) + workload.window_bytes
     keys += 2 * workload.state_bytes
     launches = by.verify_launches if tokens > 1 else by.dense_launches
-    return (
+    computed = (
         product_seconds(weight_bytes, workload.parameters, rows, device, by)
         + workload.batch * keys / (by.attention * by.copy * device.bandwidth)
         + workload.layers * launches * by.launch
     )
+    return max(computed, workload.link_bytes / device.link)
 
 
 def draft_seconds(workload: Workload, device: Device, by: Efficiency = EXPECTED) -> float:
@@ -146,12 +147,13 @@ def draft_seconds(workload: Workload, device: Device, by: Efficiency = EXPECTED)
     multiplied = workload.parameters - packed if packed else workload.parameters
     keys = min(workload.draft_keys + by.tail, workload.context) * workload.kv_bytes
     keys += workload.window_bytes + workload.state_bytes
-    return (
+    computed = (
         four_bit_seconds(packed, rows, device, by)
         + product_seconds(rest, max(0.0, multiplied), rows, device, by)
         + rows * keys / (by.gather * by.copy * device.bandwidth)
         + workload.layers * launches * by.launch
     )
+    return max(computed, workload.draft_link_bytes / device.link)
 
 
 def select_seconds(workload: Workload, device: Device, by: Efficiency = EXPECTED) -> float:

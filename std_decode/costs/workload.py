@@ -3,6 +3,7 @@
 A decoding step waits for memory: it reads the weights once and the keys and values of every row.
 A draft step reads the same weights (or fewer bytes of them) and a few keys; verification reads all
 of it again, once for all drafts of the round. What comes of it depends on how many drafts agree.
+What the device has no room for comes over a link: at best while something else is computed.
 """
 
 from __future__ import annotations
@@ -17,11 +18,13 @@ class Device:
 
     Attributes:
         cycles: a second, of all multiprocessors together; an H100's (132 of 1.85 GHz).
+        link: bytes/s from the host's memory.
     """
 
     bandwidth: float
     flops: float
     cycles: float = 132 * 1.85e9
+    link: float = math.inf
 
     def seconds(self, bytes_moved: float, operations: float) -> float:
         return max(bytes_moved / self.bandwidth, operations / self.flops)
@@ -47,6 +50,8 @@ class Workload:
         expert_share: how many of these it takes, 0 to 1.
         layers: of the text decoder, for what a GPU launches.
         kv_heads: that keys are selected for, of all layers together.
+        link_bytes, draft_link_bytes: what a dense pass, and a draft, fetches over the link while
+            it computes: weights, keys and values that the device has no room for.
     """
 
     weight_bytes: float
@@ -62,13 +67,16 @@ class Workload:
     expert_share: float = 1.0
     layers: int = 0
     kv_heads: int = 0
+    link_bytes: float = 0.0
+    draft_link_bytes: float = 0.0
 
     def dense_seconds(self, device: Device, tokens: int = 1) -> float:
         """A dense pass over `tokens` new tokens of each row: a plain step, or a verification."""
         cached = self.context * self.kv_bytes + self.window_bytes + 2 * self.state_bytes
         tokens *= self.batch
         read = self.read(self.weight_bytes, tokens) + self.batch * cached
-        return device.seconds(read, 2 * self.parameters * tokens)
+        computed = device.seconds(read, 2 * self.parameters * tokens)
+        return max(computed, self.link_bytes / device.link)
 
     def draft_seconds(self, device: Device) -> float:
         read = min(self.draft_keys, self.context) * self.kv_bytes
@@ -77,7 +85,8 @@ class Workload:
         if self.draft_weight_bytes is not None:
             weights = self.draft_weight_bytes
         weights = self.read(weights, self.batch)
-        return device.seconds(weights + self.batch * read, 2 * self.parameters * self.batch)
+        computed = device.seconds(weights + self.batch * read, 2 * self.parameters * self.batch)
+        return max(computed, self.draft_link_bytes / device.link)
 
     def read(self, weight_bytes: float, tokens: int) -> float:
         """What a pass over `tokens` tokens of all rows reads of the weights, in bytes.
