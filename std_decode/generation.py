@@ -199,11 +199,12 @@ def _engine(
     )
     selection = None
     if options.policy.most > 0:
-        visual = _visual(model, input_ids, past, new, kwargs)
+        visual = _visual(model, input_ids, past, new, kwargs)  # not looked up either
         voters = new
         if order is not None:
             visual, voters = visual.gather(1, order), newest_run(mask).clamp(max=new)
-        selection = plan_selection(visual, kv_start, options.top_k_keys, voters)
+        if options.policy.lengths:
+            selection = plan_selection(visual, kv_start, options.top_k_keys, voters)
     fused, layers = options.fused.of_call(model, promise)
     twins, weights = options.draft_weights.of_call(model, len(input_ids))
     new_tokens = min(config.max_length - input_ids.shape[1], MOST_NEW_TOKENS)

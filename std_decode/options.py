@@ -40,11 +40,6 @@ def check(
         )
     if lookup != "auto" and not isinstance(lookup, bool):
         raise TypeError(f'patch: prompt_lookup is {lookup!r}, expected "auto", True or False')
-    if lookup is True and draft_length == 0:
-        raise ValueError(
-            "patch: prompt_lookup is True with draft_length 0, expected drafts to look up; give "
-            'draft_length="auto" or at least 1'
-        )
     if not isinstance(reselect, bool):
         raise TypeError(f"patch: reselect is {reselect!r}, expected True or False")
     for name, value in (("cuda_graphs", graphs), ("fused_layers", fused)):

@@ -93,8 +93,9 @@ def patch(
             before, in the row's prompt or answer, instead of what sparse attention says. Such
             drafts cost no passes of their own. "auto": where `draft_length` is "auto", whenever
             that promises more; a fixed length drafts with sparse attention alone. True: with a
-            fixed length too, whenever every row finds something. False: never. Greedy or sampled,
-            the tokens are the same.
+            fixed length too, whenever every row finds something; with `draft_length=0`, where that
+            pays, and nothing else is drafted. False: never. Greedy or sampled, the tokens are the
+            same.
         reselect: whether each verification renews the selection, or the prompt's is kept.
         draft_weights: what drafts read of the text decoder's linear layers and the LM head: None,
             the model's own weights; "int4", 4-bit copies in groups of 128 that are made here and
@@ -168,14 +169,15 @@ def patch(
     recurrent: list[nn.Module] = []
     try:
         fused.attach()  # before the copies are made, which know weights by where they are
-        promises = _promises(target, tried, reproducible, draft_length, fused)
+        policy = _policy(draft_length, prompt_lookup, compile)
+        promises = _promises(target, tried, reproducible, policy, fused)
         kept_in = draft_weights_cache and own_file(target, Path(draft_weights_cache))
         drafting = weights.prepare(target, draft_weights, kept_in, top_k_keys, compile)
         target._std_decode = _Patch(
             own,
             tried,
             top_k_keys,
-            _policy(draft_length, prompt_lookup, compile),
+            policy,
             reselect,
             visual_token_ids,
             visual_mask,
@@ -275,10 +277,10 @@ def _promises(
     model: Any,
     tried: Tried,
     wanted: Wanted,
-    draft_length: int | Literal["auto"],
+    policy: Policy | FixedLength,
     fused: fusing.Fused,
 ) -> Promises:
-    promises = Promises(wanted, None if draft_length == "auto" else draft_length)
+    promises = Promises(wanted, policy.most if isinstance(policy, FixedLength) else None)
     promise, because = promises.of_call(model, tried, 1, fused=fused)
     if wanted is not False and wanted != "auto" and promise.kind != kind_of(wanted):
         raise NotImplementedError(
@@ -291,11 +293,11 @@ def _promises(
 def _policy(
     draft_length: int | Literal["auto"], lookup: Literal["auto"] | bool, compiles: bool
 ) -> Policy | FixedLength:
-    if draft_length != "auto":
+    if draft_length != "auto" and not (draft_length == 0 and lookup is True):
         return FixedLength(draft_length, looks_up=lookup is True)
-    if compiles:
-        return Policy(COMPILED_LENGTHS, COMPILED_LOOKUP_LENGTHS if lookup else ())
-    return Policy(LENGTHS, LOOKUP_LENGTHS if lookup else ())
+    lengths = COMPILED_LENGTHS if compiles else LENGTHS
+    looked_up = COMPILED_LOOKUP_LENGTHS if compiles else LOOKUP_LENGTHS
+    return Policy(lengths if draft_length else (), looked_up if lookup else ())
 
 
 def _unwrapped(model: Any) -> Any:

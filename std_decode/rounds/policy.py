@@ -54,6 +54,7 @@ class FixedLength:
 
     def __init__(self, gamma: int, looks_up: bool = False):
         self.most = self.most_looked_up = self.gamma = gamma
+        self.lengths = (gamma,) if gamma else ()
         self.looks_up, self.chances = looks_up, Chances()
 
     def begin(self, *call: Any) -> FixedLength:
@@ -73,7 +74,7 @@ class Policy:
     """What the draft lengths of a patched model's calls go by, kept from call to call.
 
     Args:
-        lengths: that may be chosen, besides none.
+        lengths: that may be chosen, besides none; () where the model is to draft nothing.
         lookup_lengths: those of looked-up drafts; () for no look-ups.
     """
 
@@ -81,7 +82,7 @@ class Policy:
         self, lengths: Sequence[int] = LENGTHS, lookup_lengths: Sequence[int] = LOOKUP_LENGTHS
     ):
         self.lengths, self.lookup_lengths = tuple(lengths), tuple(lookup_lengths)
-        self.most = max(lengths)
+        self.most = max((*lengths, *lookup_lengths))
         self.chances = Chances()
         self.times: dict[tuple[int, int, int | None], Times] = {}
         self.draft_times: dict[int, deque[float]] = {}

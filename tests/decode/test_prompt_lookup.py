@@ -208,6 +208,19 @@ def test_a_second_question(make_case, given):
         assert torch.equal(plain, ours)
 
 
+@pytest.mark.parametrize("mode", ["ragged", "lockstep"])
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("family", ["qwen2_vl", "llama"])
+def test_look_ups_alone(make_case, family, rows, mode):
+    """No draft step and no selection, however few look-ups are right."""
+    case = make_case(family, 1, rows, eos=True, max_new_tokens=60, **REPEATS)
+    stats = compare(case, dict(draft_length=0, prompt_lookup=True), **watching(mode))
+    assert stats.calls["draft"] == stats.calls["select"] == stats.selected_keys == 0
+    assert stats.lookup_rounds == stats.rounds and stats.drafted == stats.lookup_drafted
+    case = make_case(family, 1, rows, max_new_tokens=60, do_sample=True)
+    assert compare(case, dict(draft_length=0, prompt_lookup=True)).calls["draft"] == 0
+
+
 def test_a_streamer_gets_each_token(make_case):
     case = make_case("llama", 1, max_new_tokens=30, **REPEATS)
     plain, ours = Streams(), Streams()
@@ -252,6 +265,7 @@ def test_which_calls_look_up(make_case):
         (dict(draft_length=4), False),
         (dict(draft_length=4, prompt_lookup=True), True),
         (dict(draft_length=0), False),
+        (dict(draft_length=0, prompt_lookup=True), LOOKUP_LENGTHS),
         (dict(draft_length=0, prompt_lookup=False), False),
     ):
         with std_decode.patched(case.model, **options):
@@ -267,7 +281,6 @@ def test_which_calls_look_up(make_case):
     [
         (TypeError, dict(prompt_lookup="yes")),
         (TypeError, dict(prompt_lookup=None)),
-        (ValueError, dict(prompt_lookup=True, draft_length=0)),
     ],
 )
 def test_what_is_refused(make_case, error, options):

@@ -143,6 +143,19 @@ def test_rows_that_repeat_gain_beside_rows_that_do_not():
     assert run.looked_up > 20 and tokens > 1.05 * seconds
 
 
+@pytest.mark.parametrize("name", TEXTS)
+def test_look_ups_alone(name):
+    """Nothing else is ever drafted, and no answer is slower than dense."""
+    for cell in GRID[::5]:
+        run = Run(name, Policy((), LOOKUP_LENGTHS), *cell[1:])
+        choose, chosen = run.length.choose, []
+        run.length.choose = lambda *given: chosen.append(choose(*given)) or chosen[-1]
+        run.go(cell[0])
+        assert max(chosen) == 0 and run.looked_up == sum(gamma < 0 for gamma in chosen)
+        assert all(tokens < 256 or seconds <= 1.03 * tokens for tokens, seconds in run.ends)
+        assert name != "repeats" or run.ends[-1][0] > 1.3 * run.seconds
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize("name", TEXTS)
