@@ -32,6 +32,7 @@ from std_decode.costs.workload import Workload
 from std_decode.model.cache import CACHE, MOST_NEW_TOKENS
 from std_decode.model.selection_rules import plan_selection, visual_tokens
 from std_decode.passes.engine import Engine
+from std_decode.passes.pool import OFFLOADED
 from std_decode.rounds.lockstep import Lockstep
 from std_decode.rounds.lookup import Chances, Lookup
 from std_decode.rounds.rows import Ends, Rows
@@ -124,10 +125,11 @@ def _sooner(
                 output = GenerateDecoderOnlyOutput(sequences=output)
         length.end()
         engine.clock.settle()
-        stats.kv_cache_bytes = cache.nbytes
+        stats.kv_cache_bytes, stats.host_kv_bytes = cache.nbytes, cache.host_nbytes
         stats.workspace_bytes += engine.workspace
         if _outlives(given, config):
             cache.to_dynamic(keep=engine.graphs is not None)
+        stats.fetched_kv_bytes, stats.stored_kv_bytes = cache.link.fetched, cache.link.stored
         if config.return_dict_in_generate:
             setattr(output, CACHE, given)
         if engine.graphs is not None:
@@ -205,12 +207,15 @@ def _engine(
             visual, voters = visual.gather(1, order), newest_run(mask).clamp(max=new)
         if options.policy.lengths:
             selection = plan_selection(visual, kv_start, options.top_k_keys, voters)
+    offloads = options.kv_cache == "offloaded" or given.offloading
     fused, layers = options.fused.of_call(model, promise)
+    if offloads:
+        fused, layers = None, dict(fused_layers=0, fused_layers_because=OFFLOADED)
     twins, weights = options.draft_weights.of_call(model, len(input_ids))
     new_tokens = min(config.max_length - input_ids.shape[1], MOST_NEW_TOKENS)
     room = past + new + new_tokens + max(options.policy.most + 1, promise.rows)
     engine, eager_because = options.engines.take(
-        model, input_ids.device, len(input_ids), past + new, room, selection, kv_start
+        model, input_ids.device, len(input_ids), past + new, room, selection, kv_start, offloads
     )
     try:
         if selection is not None and engine.graphs is not None:

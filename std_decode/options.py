@@ -49,6 +49,27 @@ def check(
         raise TypeError(f"patch: compile is {compile!r}, expected True or False")
 
 
+def check_offloading(
+    kv_cache: Any, graphs: Any, compile: Any, fused: Any, windows: Sequence[int | None]
+) -> None:
+    if kv_cache is None:
+        return
+    if kv_cache != "offloaded":
+        raise ValueError(f'patch: kv_cache is {kv_cache!r}, expected None or "offloaded"')
+    for name, value in (("cuda_graphs", graphs), ("compile", compile), ("fused_layers", fused)):
+        if value is True:
+            raise ValueError(
+                f'patch: {name} is True with kv_cache="offloaded", expected its default; the '
+                "keys of such a pass are where no captured, compiled or fused one looks"
+            )
+    if any(windows):
+        raise NotImplementedError(
+            f'patch: kv_cache is "offloaded" for a model with sliding windows (of '
+            f"{max(filter(None, windows))} tokens), expected one whose layers all attend to "
+            "everything; leave kv_cache as it is"
+        )
+
+
 def check_reproducible(wanted: Any, draft_length: int | Literal["auto"]) -> None:
     if isinstance(wanted, bool) or wanted in ("auto", "unpatched"):
         rows = ROWS

@@ -17,6 +17,7 @@ from std_decode.admission import fusing
 from std_decode.admission.bits import Promises, Wanted, kind_of
 from std_decode.admission.changes import Tried
 from std_decode.costs.workload import Workload
+from std_decode.model.cache import sliding_windows
 from std_decode.model.recurrent import attach, detach
 from std_decode.model.selection_rules import VisualMask
 from std_decode.model.switch import forget_passes
@@ -48,6 +49,7 @@ class _Patch:
     promises: Promises
     fused: fusing.Fused
     recurrent: list[nn.Module]  # layers that take our cache
+    kv_cache: Literal["offloaded"] | None = None
     stats: DecodeStats | None = None
     decoding: type[Decoding] = Decoding  # a subclass looks on, see app/sparsity/measure.py
 
@@ -66,6 +68,7 @@ def patch(
     reselect: bool = True,
     draft_weights: Literal["int4", "auto"] | None = None,
     draft_weights_cache: str | PathLike[str] | None = None,
+    kv_cache: Literal["offloaded"] | None = None,
     cuda_graphs: Literal["auto"] | bool = "auto",
     compile: bool = False,
     fused_layers: Literal["auto"] | bool = "auto",
@@ -105,6 +108,11 @@ def patch(
         draft_weights_cache: a file to keep the copies in, so that they need not be made again; a
             file of other weights' copies is replaced. Processes that share the model by tensor
             parallelism have a file each: "name-1-of-2.ext" for "name.ext".
+        kv_cache: where the prompt's keys and values are: None, on the device, unless a call asks
+            otherwise (``cache_implementation="offloaded"``); "offloaded", in the host's memory.
+            The device then keeps the selected ones of each layer, those of generated tokens, and
+            two layers' in whole: a draft reads what is there, a dense pass copies all to the
+            device once, a layer ahead. Such calls decode pass by pass, without fused layers.
         cuda_graphs: whether decoding passes are captured and replayed on a CUDA device. The call's
             buffers are then kept for the next call, until `unpatch`. What cannot be captured runs
             pass by pass, and `last_stats` says why.
@@ -138,7 +146,7 @@ def patch(
         ValueError: an argument is out of range.
         NotImplementedError: the model's attention is of an unsupported kind, or a layer's result
             for a token depends on the others fed with it; the message lists what is supported. Or
-            the model cannot have what `reproducible` asks for.
+            the model cannot have what `reproducible` or `kv_cache` asks for.
         RuntimeError: `model` is patched already.
         MemoryError: the 4-bit copies do not fit; the message has the numbers.
 
@@ -164,7 +172,9 @@ def patch(
         )
     own = _own_class(target)
     tried = Tried(target)
-    fused = fusing.Fused(target, tried.layers, fused_layers, compile)
+    windows = sliding_windows(target.get_decoder().config)
+    options.check_offloading(kv_cache, cuda_graphs, compile, fused_layers, windows)
+    fused = fusing.Fused(target, tried.layers, fused_layers if not kv_cache else False, compile)
     drafting: weights.DraftWeights | None = None
     recurrent: list[nn.Module] = []
     try:
@@ -187,6 +197,7 @@ def patch(
             promises,
             fused,
             recurrent,
+            kv_cache=kv_cache,
         )
         drafting.attach()
         fused.join(drafting.twins)

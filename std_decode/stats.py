@@ -55,7 +55,11 @@ class DecodeStats:
         seconds: time per stage, of the device where that is a CUDA device, else of the host.
             "dense" are passes without a draft.
         calls: forward passes (for "select": selections) per stage.
-        kv_cache_bytes: the call's K/V buffers, at their capacity (they grow by bucket).
+        kv_cache_bytes: the call's K/V buffers, at their capacity (they grow by bucket). Where
+            keys and values are offloaded, what the device keeps of them: of each layer the
+            selected ones and those of generated tokens, and two layers' in whole;
+        host_kv_bytes: then those of the prompt in the host's memory;
+        fetched_kv_bytes, stored_kv_bytes: and what was copied from and to there.
         workspace_bytes: what else the call keeps: importance of the prompt's keys, float32
             ``[B, Hkv, S]`` a layer; index lists, int32 ``[B, Hkv, selected_keys]`` a layer; where
             verification renews the selection its scores, float32 ``[B, Hkv, capacity]`` a layer
@@ -98,6 +102,9 @@ class DecodeStats:
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STAGES, 0.0))
     calls: dict[str, int] = field(default_factory=lambda: dict.fromkeys(STAGES, 0))
     kv_cache_bytes: int = 0
+    host_kv_bytes: int = 0
+    fetched_kv_bytes: int = 0
+    stored_kv_bytes: int = 0
     workspace_bytes: int = 0
     peak_memory_bytes: int = 0
 
@@ -137,6 +144,10 @@ class DecodeStats:
         because = f": {self.fused_layers_because}" if self.fused_layers_because else ""
         return f"{self.fused_layers}{because}"
 
+    def _host(self) -> str:
+        fetched, stored = map(_mebibytes, (self.fetched_kv_bytes, self.stored_kv_bytes))
+        return f"{_mebibytes(self.host_kv_bytes)}, {fetched} fetched, {stored} stored"
+
     def _looked_up(self) -> str:
         return f"{self.lookup_drafted} / {self.lookup_accepted} in {self.lookup_rounds} rounds"
 
@@ -161,6 +172,7 @@ class DecodeStats:
             *((f"{s} (x{self.calls[s]})", f"{self.seconds[s]:.3f} s") for s in STAGES),
             ("CUDA graphs", self._graphs()),
             ("KV cache", _mebibytes(self.kv_cache_bytes)),
+            *([("KV cache on the host", self._host())] if self.host_kv_bytes else []),
             ("workspace", _mebibytes(self.workspace_bytes)),
             ("peak memory", _mebibytes(self.peak_memory_bytes)),
         ]

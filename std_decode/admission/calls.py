@@ -92,8 +92,10 @@ def fallback_reason(
 
 
 def _cache_reason(model: PreTrainedModel, cache: Any, batch: int) -> str | None:
-    if type(cache) is not DynamicCache or cache.offloading:
+    if type(cache) is not DynamicCache:
         return "the cache is not a plain DynamicCache"
+    if cache.offloading and any(sliding_windows(model.get_decoder().config)):
+        return "the cache is offloaded, and the model has sliding windows"
     kinds = [type(layer) for layer in cache.layers]
     if not set(kinds) <= CACHE_LAYERS:
         return "the cache given has layers of another kind than DynamicCache makes"

@@ -73,11 +73,16 @@ class Attending:
                         running.cache, running.selection, voters, self.key, self.options
                     )
                     self.layer.weigh_prompt(scores, query.shape[1])
+                    self.layer.choose(running.selection, self.key, self.value)
             return self.dense(self.module, query, self.key, self.value, self.mask, **self.given)
         if running.alone is not None:
-            return each_alone(self, running.alone)
-        attend = _draft if running.phase == "draft" else _verify
-        return attend(self).transpose(1, 2).contiguous(), None
+            result = each_alone(self, running.alone)
+        else:
+            attend = _draft if running.phase == "draft" else _verify
+            result = attend(self).transpose(1, 2).contiguous(), None
+        if running.rescore and self.layer.one_by_one:
+            self.layer.reselect(self.key, self.value)
+        return result
 
 
 def attention_function(module: nn.Module, name: str) -> Callable[..., Result]:
@@ -103,16 +108,14 @@ def _score_prompt(
 
 
 def _draft(attending: Attending) -> Tensor:
-    layer, query, cache = attending.layer, attending.query, attending.running.cache
+    layer, query = attending.layer, attending.query
     if layer.window is not None:
         return _verify(attending)
     out, lse = sparse_attention(
         query,
         attending.key,
         attending.value,
-        layer.indices,
-        _on(query, cache.tail_start),
-        _on(query, cache.span.kv_len),
+        *(_on(query, tensor) for tensor in layer.listed()),
         **attending.options,
     )
     layer.note_lse(lse)

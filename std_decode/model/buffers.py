@@ -6,7 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from transformers import DynamicCache
 from transformers.cache_utils import CacheLayerMixin
+
+from std_decode.model.selection_rules import Selection
 
 if TYPE_CHECKING:
     from std_decode.model.cache import SparseToDenseCache
@@ -30,6 +33,7 @@ class BufferLayer(CacheLayerMixin):
             None before the first selection.
     """
 
+    one_by_one = False  # whether layers renew their selections themselves, see `OffloadedLayer`
     is_compileable = False
     is_croppable = False  # nobody but the rounds takes tokens back
     supports_early_init = False
@@ -95,16 +99,21 @@ class BufferLayer(CacheLayerMixin):
         if self.past is not None:
             self.adopt(self.past)
             self.past = None
+        start = self.owner.longest
+        end = start + self._of_prompt(key_states)
+        self.keys[:, :, start:end] = key_states
+        self.values[:, :, start:end] = value_states
+        return self.keys[:, :, :end], self.values[:, :, :end]
+
+    def _of_prompt(self, key_states: Tensor) -> int:
+        """How many tokens of the prompt there are keys of."""
         given, expected = key_states.shape[2], self.owner.span.slots.shape[1]
         if given != expected:  # slots that nothing was written to would be attended to
             raise RuntimeError(
                 f"generate: a layer got keys of {given} tokens for a prompt of {expected}, "
                 "expected as many; unpatch the model, whose own code leaves some out"
             )
-        start, end = self.owner.longest, self.owner.longest + given
-        self.keys[:, :, start:end] = key_states
-        self.values[:, :, start:end] = value_states
-        return self.keys[:, :, :end], self.values[:, :, :end]
+        return given
 
     def arrange(self, order: Tensor) -> None:
         """Put the first S tokens of each row in this order, ``[B, S]``."""
@@ -133,6 +142,16 @@ class BufferLayer(CacheLayerMixin):
         self.newest_queries = newest.clone() if partial else None  # without the rest of `query`
         return newest
 
+    def choose(self, selection: Selection, keys: Tensor, values: Tensor) -> None:
+        """Nothing yet: all layers select at once."""
+
+    def reselect(self, keys: Tensor, values: Tensor) -> None:
+        """The same."""
+
+    def listed(self) -> tuple[Tensor, Tensor, Tensor]:
+        """What of the buffers a draft reads: indices, tail_start and kv_len of its attention."""
+        return self.indices, self.owner.tail_start, self.owner.span.kv_len
+
     def weigh_prompt(self, scores: Tensor, query_heads: int) -> None:
         """Begin with the importance that prefill's scores tell, ``[B, Hkv, S]``, used up."""
         self.query_heads = query_heads
@@ -141,6 +160,18 @@ class BufferLayer(CacheLayerMixin):
             self.importance = share
         else:
             self.importance[..., : share.shape[-1]] = share  # what is beyond is no candidate
+
+    @property
+    def nbytes(self) -> int:
+        return self.keys.nbytes + self.values.nbytes
+
+    def hand_over(self, template: DynamicCache, index: int, new: slice) -> None:
+        """Put tokens into the caller's cache, as plain decoding leaves them."""
+        template.update(self.keys[:, :, new], self.values[:, :, new], index)
+
+    def drop(self) -> None:
+        """Let the buffers go."""
+        self.keys = self.values = None
 
     @property
     def scores(self) -> Tensor:

@@ -18,6 +18,8 @@ from transformers.cache_utils import Cache, DynamicCache, LinearAttentionLayer
 from transformers.generation.utils import ALL_CACHE_NAMES
 
 from std_decode.model.buffers import BufferLayer
+from std_decode.model.link import Link
+from std_decode.model.offloaded import OffloadedLayer, Staging
 from std_decode.model.recurrent import MOST_WIDTH, RecurrentLayer, hand_over
 
 # What transformers calls the cache in arguments and outputs; the second until 5.23.
@@ -82,8 +84,10 @@ class SparseToDenseCache(Cache):
         config: of the text decoder; it says which layers have a sliding window.
         capacity: tokens to make room for, rounded up to a multiple of `BUCKET`.
         most_drafts: gamma at most.
+        offloads: whether keys and values are kept in the host's memory, see `OffloadedLayer`.
 
     Attributes:
+        link: what they are copied by; `staging`: where to.
         recurrent: the layers that have a state instead of keys and values.
         settled: accepted tokens of each row that their states are of, int32 ``[B]``.
         slots: of their rings.
@@ -98,6 +102,7 @@ class SparseToDenseCache(Cache):
         ahead: drafts of this round that lie behind them, int64 ``[1]``.
         tail_start: where the keys begin that no selection covers, int32 ``[B]``.
         prefilling: until the prompt is read.
+        to_read: tokens that the prompt has in all, where it is read in several passes; else 0.
         prompt: tokens that were there when it had been.
         answer: stands in for the model in forward calls that carry this cache.
     """
@@ -109,7 +114,10 @@ class SparseToDenseCache(Cache):
         batch: int,
         device: torch.device,
         most_drafts: int = 0,
+        offloads: bool = False,
     ):
+        self.offloads = offloads
+        self.link, self.staging = Link(), Staging(self)
         super().__init__(layers=[self._layer(like) for like in DynamicCache(config=config).layers])
         self.recurrent = [layer for layer in self.layers if isinstance(layer, RecurrentLayer)]
         self.capacity, self.most_drafts = bucket(capacity), most_drafts
@@ -126,6 +134,8 @@ class SparseToDenseCache(Cache):
     def _layer(self, like: Any) -> Any:
         if isinstance(like, LinearAttentionLayer):
             return RecurrentLayer(self)
+        if self.offloads:
+            return OffloadedLayer(self)
         return BufferLayer(self, getattr(like, "sliding_window", None))
 
     def start(
@@ -133,9 +143,10 @@ class SparseToDenseCache(Cache):
         template: DynamicCache,
         kv_start: Tensor | None = None,
         order: Tensor | None = None,
+        to_read: int = 0,
     ) -> None:
         """Begin a call that goes on from the tokens of `template`."""
-        self.template, self.order = template, order
+        self.template, self.order, self.to_read = template, order, to_read
         self.longest, self.prompt = template.get_seq_length(), 0
         self.prefilling = True
         self.lengths.fill_(self.longest)
@@ -166,10 +177,19 @@ class SparseToDenseCache(Cache):
         return [layer for layer in self.layers if isinstance(layer, BufferLayer)]
 
     @property
+    def offloaded(self) -> list[OffloadedLayer]:
+        """The layers whose keys and values are in the host's memory."""
+        return [layer for layer in self.layers if isinstance(layer, OffloadedLayer)]
+
+    @property
     def nbytes(self) -> int:
-        """Of the buffers, states and rings."""
-        own = sum(layer.keys.nbytes + layer.values.nbytes for layer in self.buffers)
-        return own + sum(layer.nbytes for layer in self.recurrent)
+        """Of the buffers, states and rings, on the device."""
+        return sum(layer.nbytes for layer in self.layers) + self.staging.nbytes
+
+    @property
+    def host_nbytes(self) -> int:
+        """Of keys and values in the host's memory."""
+        return sum(layer.host_nbytes for layer in self.offloaded)
 
     @property
     def slots(self) -> int:
@@ -256,9 +276,9 @@ class SparseToDenseCache(Cache):
                     layer.arrange(back)
                 known = before[index].tokens if index < len(before) else 0
                 new = slice(known, self.longest)
-                self.template.update(layer.keys[:, :, new], layer.values[:, :, new], index)
+                layer.hand_over(self.template, index, new)
                 if not keep:
-                    layer.keys = layer.values = None
+                    layer.drop()
             for index, state in states.items():
                 hand_over(self.template.layers[index], *state)
         except BaseException:
@@ -269,5 +289,6 @@ class SparseToDenseCache(Cache):
 
     def release(self) -> None:
         """Drop the buffers."""
+        self.staging.clear()
         self.layers.clear()
         self.answer = None

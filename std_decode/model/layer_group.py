@@ -72,6 +72,36 @@ class LayerGroup:
         renew_importance(self.importance, self.scores, stop.to(self.scores.device), FADE)
 
 
+class OneByOne(LayerGroup):
+    """The same of layers whose keys pass by one after the other: each selects while they do.
+
+    Attributes:
+        scores: those of one layer, ``[1, B, Hkv, capacity]``.
+        selection: the rules of the prompt.
+    """
+
+    selection: Selection
+
+    def __init__(self, layers: list[BufferLayer], *sizes: int):
+        chosen = torch.stack([layer.indices for layer in layers])
+        super().__init__(layers, *sizes)
+        self.scores = self.scores[:1]
+        self.indices.copy_(chosen)
+
+    def make_room(self, capacity: int) -> None:
+        if self.scores.shape[-1] != capacity:
+            self.scores = self.importance.new_empty(1, *self.importance.shape[1:-1], capacity)
+
+    def renew(self, stop: Tensor) -> None:
+        """Each layer has done so."""
+
+    def reselect(self, place: int, stop: Tensor) -> None:
+        """Renew the importance of one layer's keys, and pick those of its next drafts."""
+        importance, stop = self.importance[place : place + 1], stop.to(self.scores.device)
+        renew_importance(importance, self.scores, stop, FADE)
+        self.indices[place] = self.selection.of(importance[0])
+
+
 def lse_estimate(lse: Tensor, count: int, padding: int = 0) -> Tensor:
     """What the log-sum-exp of `count` verified rows will be about, ``[..., count]``.
 
@@ -92,9 +122,12 @@ def group_layers(layers: list[BufferLayer], selection: Selection) -> list[LayerG
     alike: dict[tuple, list[BufferLayer]] = {}
     for layer in layers:
         own = layer.importance
-        alike.setdefault((own.device, own.shape, layer.query_heads), []).append(layer)
+        key = (own.device, own.shape, layer.query_heads, layer.one_by_one)
+        alike.setdefault(key, []).append(layer)
     columns, width = selection.always.shape[1], selection.width
     return [
-        LayerGroup(members, columns, width, members[0].owner.most_drafts)
+        (OneByOne if members[0].one_by_one else LayerGroup)(
+            members, columns, width, members[0].owner.most_drafts
+        )
         for members in alike.values()
     ]

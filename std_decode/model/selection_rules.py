@@ -11,6 +11,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedConfig
 
+from std_kernels import select_topk
+
 SINKS = 4  # first tokens, which attention falls back on when it looks for nothing
 MOST_KEPT_TEXT = 1024  # per side of the visual tokens, nearest the end first
 MOST_OBSERVERS = 64
@@ -40,6 +42,15 @@ class Selection:
     window: int
     width: int
     complete: bool
+
+    def of(self, importance: Tensor) -> Tensor:
+        """The keys of one layer's drafts, int32 ``[B, Hkv, K]``, by their importance."""
+        return select_topk(
+            importance,
+            self.width,
+            candidates=self.candidates.to(importance.device),
+            always=self.always.to(importance.device),
+        )
 
     def padded(self, columns: int, width: int) -> Selection:
         """The same with room for a longer prompt and more keys, so that shapes repeat."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from std_decode.model.cache import CACHE, SparseToDenseCache
-from std_decode.model.layer_group import LayerGroup, group_layers
+from std_decode.model.layer_group import LayerGroup, OneByOne, group_layers
 from std_decode.model.running_pass import Pass, Phase, compiled_for, uncompiled
 from std_decode.model.selection_rules import Selection
 from std_decode.model.switch import attention_of
@@ -117,9 +117,8 @@ class Engine:
             order: see `SparseToDenseCache`.
             promise: that the decoding passes have to keep.
             fused: whose layers run fused in them, see `Pass`.
-            prompt: tokens that it has in all, where it is read in several passes; else 0.
+            prompt: see `SparseToDenseCache.to_read`.
         """
-        self.prompt = prompt
         self.forward, self.selection, self.stats = forward, selection, stats
         self.clock = Clock(stats, self.cache.lengths.device)
         self.twins, self.fused = twins, fused
@@ -132,7 +131,7 @@ class Engine:
         self.reselects = (
             self.wants_reselection and selection is not None and not selection.complete
         )
-        self.cache.start(template, kv_start, order)
+        self.cache.start(template, kv_start, order, prompt)
 
     def release(self) -> None:
         """Free the buffers now: engine, cache and layers refer to each other in a circle."""
@@ -152,7 +151,7 @@ class Engine:
         self.cache.expect(new)
         with self.clock.timed("prefill"):
             running = Pass("prefill", self.cache, self.layers, self.selection)
-            running.partial = self.cache.longest + new < self.prompt
+            running.partial = self.cache.longest + new < self.cache.to_read
             outputs = self.run(running, inputs)
         if running.partial:
             self.cache.advance(new, self.cache.longest + new)
@@ -376,6 +375,9 @@ class Engine:
             for group in self.groups:
                 if self.reselects:
                     group.make_room(self.cache.capacity)
+                if isinstance(group, OneByOne):  # each layer has selected
+                    group.selection = selection
+                    continue
                 device = group.importance.device
                 chosen = select_topk(
                     group.importance,

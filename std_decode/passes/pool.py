@@ -19,6 +19,7 @@ from std_decode.passes.engine import Engine
 # transformers leaves hooks that collect hidden states where a call asked for some; in other calls
 # they do nothing.
 IDLE_HOOKS = "transformers.utils.output_capturing"
+OFFLOADED = "keys and values are offloaded"
 
 
 class _Call:
@@ -62,6 +63,7 @@ class Engines:
         room: int,
         selection: Selection | None,
         kv_start: Tensor | None,
+        offloads: bool = False,
     ) -> tuple[Engine, str | None]:
         """An engine for one call, and why it captures no passes (None where it does).
 
@@ -70,12 +72,15 @@ class Engines:
             device: of the prompt.
             prompt: its length.
             room: tokens in all, as far as can be told.
+            offloads: see `SparseToDenseCache`.
         """
         options = model._std_decode
         config = model.get_decoder().config
-        reason = self._eager_because(model, device)
+        reason = OFFLOADED if offloads else self._eager_because(model, device)
         if reason is not None:
-            cache = SparseToDenseCache(config, room, batch, device, options.policy.most)
+            if offloads:
+                self.clear()  # what an earlier call left on the device
+            cache = SparseToDenseCache(config, room, batch, device, options.policy.most, offloads)
             return Engine(config, options.layers, cache, options.reselect), reason
         width = 0 if selection is None else min(bucket(selection.width), MOST_INDICES)
         key: tuple = (batch, device, kv_start is None, width, torch.is_inference_mode_enabled())

@@ -173,6 +173,7 @@ def _copied_over(target: Any, source: Any) -> Any:
 def execute(func: Any, args: tuple, kwargs: dict[str, Any], wraps: bool) -> Any:
     """Computes on the CPU; results are on the pretend GPU if `wraps`."""
     if not wraps:
+        kwargs.pop("pin_memory", None)  # which needs a device
         return func(*args, **kwargs)
     plain_args, plain = tree_map(_held, args), dict(tree_map(_held, kwargs))
     if plain.get("device") is not None:

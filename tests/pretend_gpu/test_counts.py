@@ -68,6 +68,29 @@ def test_the_host_waits_once_a_round_and_copies_nothing(on_gpu, family, rows, do
 
 
 @pytest.mark.parametrize("rows", [1, 2])
+def test_offloaded_keys_come_without_a_wait(on_gpu, rows):
+    """The host waits once a round, and each layer's keys and values are copied, once a dense
+    pass; nothing goes back, and nothing else comes."""
+    case = on_gpu("llama", rows, kv_cache="offloaded")
+
+    def counted(tokens):
+        ledger.clear()
+        case.generate(max_new_tokens=tokens)
+        stats = std_decode.last_stats(case.model)
+        assert stats.fallback is None and stats.host_kv_bytes > 0 == ledger.captures
+        sources = {"link": 0, "other": 0}
+        for (_, _, where), count in ledger.copies.items():
+            sources["link" if "model/link.py" in where else "other"] += count
+        return stats.rounds, sum(ledger.syncs.values()), sources["link"], sources["other"]
+
+    few, many = counted(11), counted(41)
+    rounds, waits, copies, others = (more - less for more, less in zip(many, few))
+    assert rounds == 6 and waits == rounds and others == 0, (ledger.syncs, ledger.copies)
+    layers, heads = base.TEXT["num_hidden_layers"], base.TEXT["num_key_value_heads"]
+    assert copies == rounds * layers * 2 * rows * heads
+
+
+@pytest.mark.parametrize("rows", [1, 2])
 def test_look_ups_cost_a_copy_and_no_wait(on_gpu, monkeypatch, rows):
     """The host gets the tokens with what it reads anyway."""
 

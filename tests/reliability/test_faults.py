@@ -1,5 +1,6 @@
 """What goes wrong in mid-call leaves the model as it was: each row of docs/faults.md."""
 
+import copy
 import os
 import re
 import signal
@@ -13,8 +14,9 @@ from transformers import DynamicCache, LogitsProcessorList, StoppingCriteriaList
 from transformers.cache_utils import DynamicLayer
 
 import std_decode
-from std_decode.model import attention, cache, running_pass, switch
+from std_decode.model import attention, cache, offloaded, running_pass, switch
 from std_decode.model.layer_group import LayerGroup
+from std_decode.model.link import Link
 from std_decode.passes import engine
 from std_decode.passes.engine import Engine
 from std_decode.weights import quantize
@@ -180,6 +182,35 @@ def test_out_of_memory_while_the_callers_cache_is_written(
         got = ask(ids, past)
         assert std_decode.last_stats(case.model).fallback is None
     assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("at", [1, 2, 12])
+def test_out_of_memory_while_offloaded_keys_come(make_case, monkeypatch, at):
+    """The first two are those that the caller's cache held."""
+    kept, past = Survives(make_case("llama", seed=10), kv_cache="offloaded"), DynamicCache()
+    with torch.no_grad():
+        kept.model(kept.case.inputs["input_ids"][:, :40], past_key_values=past)
+    before = copy.deepcopy(past)
+    with monkeypatch.context() as patches:
+        patches.setattr(Link, "fetch", fails_at(at, NO_MEMORY, Link.fetch))
+        with pytest.raises(torch.OutOfMemoryError):
+            kept.case.generate(past_key_values=past)
+    for old, new in zip(before.layers, past.layers, strict=True):
+        assert torch.equal(old.keys, new.keys) and torch.equal(old.values, new.values)
+    assert torch.equal(kept.case.generate(past_key_values=past), kept.expected)
+    kept.check()
+
+
+def test_too_little_memory_on_the_host(make_case, monkeypatch):
+    kept, past = Survives(make_case("llama", seed=10), kv_cache="offloaded"), DynamicCache()
+    with monkeypatch.context() as patches:
+        patches.setattr(offloaded, "free_memory", lambda device: 40_000)
+        with pytest.raises(
+            MemoryError, match="1 x 90 tokens in 3 layers take .* expected at most"
+        ):
+            kept.case.generate(past_key_values=past)
+    assert past.layers == []
+    kept.check()
 
 
 def test_out_of_memory_while_a_cache_of_no_layers_is_written(make_case, monkeypatch):

@@ -255,12 +255,12 @@ def test_options_that_cannot_be_accelerated(make_case, options, reason):
     assert_runs_as_unpatched(case, reason, lambda: case.generate(**options))
 
 
-def test_an_offloaded_cache(make_case):
+def test_an_offloaded_cache_of_a_model_with_windows(make_case):
     """It needs a GPU: without one the patched model has the error of the unpatched."""
-    case = make_case("llama", seed=8)
+    case = make_case("gemma3", seed=8)
     assert_runs_as_unpatched(
         case,
-        "not a plain DynamicCache",
+        "the cache is offloaded, and the model has sliding windows",
         lambda: case.generate(cache_implementation="offloaded"),
         raises=not torch.cuda.is_available(),
     )
