@@ -15,7 +15,9 @@ from tests.decode.observers import interposed
 
 PATCH = dict(draft_length=4, top_k_keys=6)
 EVERY_KEY = dict(draft_length=4, top_k_keys=10_000)
-FAMILIES = ("llama", "qwen2_vl", "llava_onevision")
+SLOW = pytest.mark.slow
+KEYS = ("llama", "qwen2_vl", "llava_onevision")
+FAMILIES = (*KEYS, "qwen3_next", pytest.param("qwen3_5", marks=SLOW))
 
 
 def question(lengths):
@@ -29,7 +31,8 @@ def chat(case, given, **options):
     """The answers of three turns, and the cache after the last; padding in between is masked."""
     options = {**case.options, "return_dict_in_generate": True, **options}
     inputs, text, mask = dict(case.inputs), case.inputs["input_ids"], case.inputs["attention_mask"]
-    cache, answers = DynamicCache(), []
+    cache = DynamicCache(config=case.model.config.get_text_config(decoder=True))
+    answers = []
     torch.manual_seed(case.seed)
     for turn in range(3):
         told = case.model.generate(**inputs, past_key_values=cache, **options)
@@ -54,7 +57,8 @@ def same_cache(plain, ours):
     """Every token where it was, the masked ones too."""
     for a, b in zip(plain.layers, ours.layers, strict=True):
         assert type(a) is type(b)
-        for name in ("keys", "values"):
+        stateful = hasattr(a, "recurrent_states")
+        for name in ("conv_states", "recurrent_states") if stateful else ("keys", "values"):
             torch.testing.assert_close(getattr(a, name), getattr(b, name), atol=1e-4, rtol=1e-4)
 
 
@@ -94,13 +98,16 @@ def riddled(mask, share, keep=None):
 
 @pytest.mark.parametrize("share", [0.02, 0.3, 0.9])
 @pytest.mark.parametrize("rows", [1, 3])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family", [*KEYS, *(pytest.param(f, marks=SLOW) for f in ("qwen3_next", "qwen3_5"))]
+)
 def test_random_holes_in_a_prompt(make_case, family, rows, share):
     for seed, do_sample in ((1, False), (2, True)):
         case = make_case(family, seed, rows, do_sample=do_sample)
         mask = case.inputs["attention_mask"]
-        visual = case.inputs["input_ids"] > 99  # Qwen2-VL counts them when it numbers tokens
-        case.inputs["attention_mask"] = riddled(mask, share, visual if "vl" in family else None)
+        visual = case.inputs["input_ids"] > 99  # Qwen's video models count them to number tokens
+        counted = "vl" in family or family == "qwen3_5"
+        case.inputs["attention_mask"] = riddled(mask, share, visual if counted else None)
         expected = case.generate(return_dict_in_generate=True)
         for options in (PATCH, EVERY_KEY):
             with std_decode.patched(case.model, **options):
@@ -131,7 +138,7 @@ def poison(mask, monkeypatch):
 
     def finished(cache, new):
         finish(cache, new)
-        for layer in cache.layers:
+        for layer in cache.buffers:
             for row, holes in enumerate((mask == 0).sum(1).tolist()):
                 layer.keys[row, :, :holes] = layer.values[row, :, :holes] = float("nan")
 
