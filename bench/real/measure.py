@@ -2,41 +2,40 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import product
+from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import DynamicCache
 
 import std_decode
 from bench.exactness.measure import Way, compare
 from bench.real import texts
 from bench.records import Record
+from std_decode.model.cache import CACHE
 
 GAMMA, EVERY = 4, 100_000
 UNPATCHED = "unpatched"
 LOOKED_UP = 10  # transformers' own default for `prompt_lookup_num_tokens` in its documentation
 BELOW = (0.01, 0.1)  # margins, in log-probability
+# What is timed: an answer that has little of its prompt's words in it, and one that copies.
+TIMED = (("prose", "summary"), ("table", "question"))
 
 
 @dataclass(frozen=True)
 class Text:
-    """A prompt: which, and its inputs ``[1, S]``."""
+    """A prompt ``[1, S]``, and a cache of it without its last tokens."""
 
-    kind: str
-    task: str
-    tokens: int
     inputs: dict[str, Tensor]
-
-    @property
-    def where(self) -> Record:
-        """What its records begin with."""
-        return {"kind": self.kind, "task": self.task, "tokens": self.tokens}
+    cache: DynamicCache
 
 
 def choose(
@@ -50,15 +49,39 @@ def choose(
             yield kind, tasks[(number + turn) % len(tasks)], size
 
 
-def text(tokenizer: Any, kind: str, task: str, tokens: int) -> Text:
+def timed(kinds: Iterable[str], sizes: Iterable[int]) -> Iterator[tuple[str, str, int]]:
+    """Which texts are timed."""
+    yield from ((*which, size) for size in sorted(sizes) for which in TIMED if which[0] in kinds)
+
+
+def text(tokenizer: Any, model: Any, kind: str, task: str, tokens: int, unread: int) -> Text:
+    """A text, all but its `unread` last tokens read by the unpatched model."""
     number = 3 * texts.KINDS.index(kind) + texts.TASKS.index(task)
-    return Text(kind, task, tokens, texts.prompt(tokenizer, kind, task, tokens, number))
+    inputs = texts.prompt(tokenizer, kind, task, tokens, number)
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(inputs["input_ids"][:, :-unread], **{CACHE: cache}, logits_to_keep=1)
+    return Text(inputs, cache)
 
 
-def generate(model: Any, given: Text, new_tokens: int, **options: Any) -> Tensor:
-    """The answer's tokens ``[T]``, greedy."""
-    told = model.generate(**given.inputs, max_new_tokens=new_tokens, do_sample=False, **options)
+def generate(model: Any, given: Text, new_tokens: int, **options: Any) -> Any:
+    """What `generate` returns, greedy, of the text as it was read; the cache given stays."""
+    return model.generate(
+        **given.inputs, max_new_tokens=new_tokens, do_sample=False,
+        **{CACHE: copy.deepcopy(given.cache), **options},
+    )  # fmt: skip
+
+
+def answer(model: Any, given: Text, new_tokens: int, **options: Any) -> Tensor:
+    """Its answer's tokens ``[T]``."""
+    told = generate(model, given, new_tokens, **options)
     return told[0, given.inputs["input_ids"].shape[1] :]
+
+
+def patch_options(way: Record, copies: Path) -> Record:
+    """Of `patch`; `copies` keeps 4-bit copies from one way to the next."""
+    more = {"draft_weights_cache": copies} if way.get("draft_weights") else {}
+    return {**way, **more}
 
 
 # How many drafts agree
@@ -73,20 +96,21 @@ def drafting(keys: Iterable[int], gammas: Iterable[int], quick: bool = False) ->
     middle = keys[len(keys) // 2]
     found = [(k, GAMMA, True, w) for k, w in product(keys, weights)]
     found += [(middle, gamma, True, None) for gamma in gammas if gamma != GAMMA]
-    found += [(k, GAMMA, False, None) for k in keys]
-    found += [(EVERY, GAMMA, True, "int4")]
+    found += [(middle, GAMMA, False, None), (EVERY, GAMMA, True, "int4")]
     if quick:
         found = [(middle, GAMMA, True, None), found[-1]]
     names = ("top_k_keys", "draft_length", "reselect", "draft_weights")
     return [dict(zip(names, one)) for one in found]
 
 
-def acceptance(model: Any, given: Text, ways: list[Record], new_tokens: int) -> Iterator[Record]:
+def acceptance(
+    model: Any, given: Text, ways: list[Record], new_tokens: int, copies: Path
+) -> Iterator[Record]:
     """A record of each way, float32: its drafts, and whether the tokens are the unpatched ones."""
-    expected = generate(model, given, new_tokens)
+    expected = answer(model, given, new_tokens)
     for way in ways:
-        with std_decode.patched(model, reproducible=False, **way):
-            told = generate(model, given, new_tokens)
+        with std_decode.patched(model, reproducible=False, **patch_options(way, copies)):
+            told = answer(model, given, new_tokens)
             stats = std_decode.last_stats(model)
         assert stats is not None and stats.fallback is None, stats
         assert stats.draft_weights == way["draft_weights"], stats
@@ -105,10 +129,7 @@ def acceptance(model: Any, given: Text, ways: list[Record], new_tokens: int) -> 
 
 def rounding(model: Any, given: Text, new_tokens: int) -> Record:
     """Of a model in half precision: where drafts that promise no bits part from the unpatched."""
-    output = model.generate(
-        **given.inputs, max_new_tokens=new_tokens, do_sample=False,
-        return_dict_in_generate=True, output_scores=True,
-    )  # fmt: skip
+    output = generate(model, given, new_tokens, return_dict_in_generate=True, output_scores=True)
     expected = output.sequences[0, given.inputs["input_ids"].shape[1] :]
     scores = torch.stack(output.scores).float().log_softmax(-1)[:, 0]
     best = scores.topk(2, dim=-1).values
@@ -119,7 +140,7 @@ def rounding(model: Any, given: Text, new_tokens: int) -> Record:
     }
     for name, promise in (("rounded", False), ("as promised", "auto")):
         with std_decode.patched(model, draft_length=GAMMA, reproducible=promise):
-            told = generate(model, given, new_tokens)
+            told = answer(model, given, new_tokens)
             stats = std_decode.last_stats(model)
         assert stats is not None and stats.fallback is None, stats
         way = Way()
@@ -156,18 +177,21 @@ def timed_ways() -> dict[str, Record | None]:
         "dense path": dict(draft_length=0),
         "4 drafts": dict(draft_length=GAMMA),
         "4 drafts, int4": dict(draft_length=GAMMA, draft_weights="int4"),
+        "look-ups": dict(draft_length=0, prompt_lookup=True),
+        "look-ups or 4 drafts": dict(draft_length=GAMMA, prompt_lookup=True),
         "auto": dict(draft_length="auto"),
         texts.LOOKUP: None,
     }
 
 
-def speed(model: Any, given: Text, new_tokens: int, turns: int) -> Record:
+def speed(model: Any, given: Text, new_tokens: int, turns: int, copies: Path) -> Record:
     """Tokens/s of each way after its first token; all take turns, forwards and backwards."""
     ways = timed_ways()
     rates: dict[str, list[float]] = {name: [] for name in ways}
     told: dict[str, list[Tensor]] = {name: [] for name in ways}
     for turn in range(turns):
         for name, patch in list(ways.items())[:: -1 if turn % 2 else 1]:
+            patch = patch and patch_options(patch, copies)
             rate, tokens = _timed(model, given, new_tokens, name, patch)
             rates[name].append(rate)
             told[name].append(tokens)
@@ -191,12 +215,14 @@ def _timed(
     model: Any, given: Text, new_tokens: int, name: str, patch: Record | None
 ) -> tuple[float, Tensor]:
     arrivals = _Arrivals()
-    more = {"prompt_lookup_num_tokens": LOOKED_UP} if name == texts.LOOKUP else {}
+    more: dict[str, Any] = {}
+    if name == texts.LOOKUP:  # given a cache, it leaves out the first token
+        more = {"prompt_lookup_num_tokens": LOOKED_UP, CACHE: None}
     attached: AbstractContextManager[Any] = nullcontext()
     if patch is not None:
         attached = std_decode.patched(model, **patch)
     with attached:
-        tokens = generate(model, given, new_tokens, streamer=arrivals, **more)
+        tokens = answer(model, given, new_tokens, streamer=arrivals, **more)
         if patch is not None:
             stats = std_decode.last_stats(model)
             assert stats is not None and stats.fallback is None, stats

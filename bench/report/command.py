@@ -29,7 +29,7 @@ its first record says which, with versions, driver, commit and date:
   kernels   kernels-DEVICE.jsonl, by python -m bench kernels; a plot beside it
   prefill   prefill-DEVICE.jsonl, by python -m bench prefill
   promises  promises-DEVICE.jsonl, by python -m bench promises
-  real      real-DEVICE.jsonl, by python -m bench real
+  real      real-PART-DEVICE.jsonl, by python -m bench real; real-short is the gist of them
   ceiling   roofline.md, by python -m bench roofline: predicted, not measured
   cards     roofline-link.md, by python -m bench roofline --link: likewise
   pays      rows of demo and of ceiling

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from bench.environment import in_words
 from bench.records import Record, markdown_table
 
@@ -16,10 +18,46 @@ def tables(about: Record, records: list[Record]) -> list[str]:
         here = [r for r in records if r["part"] == part and r["status"] == "ok"]
         if here:
             lines += [*table(here), ""]
-    if not lines:
-        return []
+    return [*lines, _conditions(about)] if lines else []
+
+
+def _conditions(about: Record) -> str:
     asked = f"{about['model']}, greedy, at most {about['new_tokens']} tokens an answer"
-    return [*lines, f"{asked}; {in_words(about)}."]
+    return f"{asked}; {in_words(about)}."
+
+
+def short(about: Record, records: list[Record]) -> list[str]:
+    """The gist: what of the drafts agrees, and the speed of what a user would choose."""
+    drafting = [r for r in records if r["part"] == "acceptance" and r["status"] == "ok"]
+    timed = [r for r in records if r["part"] == "speed" and r["status"] == "ok"]
+    if drafting:
+        sizes = sorted({record["tokens"] for record in drafting})
+        texts = {(r["kind"], r["task"], r["tokens"]) for r in drafting}
+        lines = [
+            f"Of the drafts for {len(texts)} answers about "
+            f"{' and '.join(f'{size:,}' for size in sizes)} tokens, 4 a round, the dense model "
+            f"accepts {_shares(drafting)}. "
+            f"{sum(r['identical'] for r in drafting):,} of {len(drafting):,} drafted answers were "
+            "the unpatched model's."
+        ]
+    elif timed:
+        lines = _speed(timed, ("auto", "look-ups", "prompt lookup"))
+    else:
+        return []
+    return [*lines, "", _conditions(about)]
+
+
+def _shares(records: list[Record]) -> str:
+    """Of drafts by each number of keys, and of 4-bit ones that read all."""
+    here = [r for r in records if r["draft_length"] == 4 and r["reselect"]]
+    own = [r for r in here if not r["draft_weights"]]
+    told = [
+        f"{_rate([r for r in own if r['top_k_keys'] == keys])} (reading {keys:,} keys)"
+        for keys in sorted({record["top_k_keys"] for record in own})
+    ]
+    four_bit = [r for r in here if r["draft_weights"] and r["top_k_keys"] >= _EVERY]
+    told += [f"{_rate(four_bit)} (every key, 4-bit weights)"] if four_bit else []
+    return ", ".join(told)
 
 
 def _acceptance(records: list[Record]) -> list[str]:
@@ -81,9 +119,9 @@ def _rounding(records: list[Record]) -> list[str]:
     return ["What rounding changes, in bfloat16:", "", *markdown_table(head, rows)]
 
 
-def _speed(records: list[Record]) -> list[str]:
-    ways = list(records[0]["tokens_per_s"])
-    first, *rest = ways
+def _speed(records: list[Record], only: Collection[str] = ()) -> list[str]:
+    first, *rest = records[0]["tokens_per_s"]
+    rest = [way for way in rest if not only or way in only]
     head = ("text", "tokens", f"{first}, tokens/s", *(f"{way}, x" for way in rest))
 
     def cells(record: Record) -> list[str]:

@@ -135,6 +135,10 @@ def real(results: Path) -> list[str]:
     return _each(results, "real", pretrained.tables)
 
 
+def real_short(results: Path) -> list[str]:
+    return _each(results, "real", pretrained.short)
+
+
 # Decoding
 
 
@@ -369,6 +373,7 @@ TABLES: dict[str, Callable[[Path], list[str]]] = {
     "prefill": prefill,
     "promises": promises,
     "real": real,
+    "real-short": real_short,
     "ceiling": ceiling,
     "cards": cards,
     "pays": pays,

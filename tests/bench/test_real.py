@@ -4,11 +4,12 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from bench import records
+from bench import environment, records
 from bench.__main__ import main
 from bench.models import pretrained
 from bench.real import measure, texts
 from bench.real.command import good
+from bench.report import tables as report_tables
 from bench.report.real import tables
 from std_decode.rounds.rows import Rows
 
@@ -54,8 +55,9 @@ def bench(monkeypatch, tmp_path):
 
     def call(*arguments):
         status = main([*FEW, *arguments, "--out", str(tmp_path)])
-        (path,) = tmp_path.glob("real-*.jsonl")
-        return status, records.read(path)
+        part = arguments[arguments.index("--parts") + 1] if "--parts" in arguments else "*"
+        paths = sorted(tmp_path.glob(f"real-{part}-*.jsonl"))
+        return status, [record for path in paths for record in records.read(path)]
 
     return call
 
@@ -65,14 +67,39 @@ def test_every_part_and_what_is_kept_of_an_earlier_run(bench, capsys):
     assert status == 0 and about["model"] == pretrained.NAME and len(found) == 4
     assert {record["draft_weights"] for record in found} == {None, "int4"}
     assert all(record["identical"] and record["drafted"] > 10 for record in found)
-    status, (_, *more) = bench("--resume")
-    assert status == 0 and more[:4] == found
-    assert [record["part"] for record in more[4:]] == ["rounding"] * 2 + ["speed"] * 2
-    assert more[4]["steps"] == 16 and more[4]["as promised"]["lags"] == []
-    assert set(more[6]["tokens_per_s"]) == set(measure.timed_ways())
-    assert all(rate > 0 for rate in more[6]["tokens_per_s"].values())
-    assert bench("--resume")[1][1:] == more  # nothing is done twice
+    status, more = bench("--resume")
+    assert status == 0 and more[:5] == [about, *found]
+    assert [record.get("part") for record in more[5:]] == [
+        None, "rounding", "rounding", None, "speed", "speed"
+    ]  # fmt: skip
+    assert more[6]["steps"] == 16 and more[6]["as promised"]["lags"] == []
+    assert set(more[9]["tokens_per_s"]) == set(measure.timed_ways())
+    assert all(rate > 0 for rate in more[9]["tokens_per_s"].values())
+    assert [(record["kind"], record["task"]) for record in more[9:]] == list(measure.TIMED)
+    assert bench("--resume")[1] == more  # nothing is done twice
     assert "every key, 4-bit weights" in capsys.readouterr().out
+
+
+def test_parts_may_be_of_different_commits(bench, monkeypatch, tmp_path):
+    plain, ways = environment.environment, {"unpatched": None, "auto": dict(draft_length="auto")}
+    monkeypatch.setattr(measure, "timed_ways", lambda: ways)
+
+    def of_commit(commit, part):
+        monkeypatch.setattr(
+            environment,
+            "environment",
+            lambda *at, **more: {**plain(*at, **more), "commit": commit},
+        )
+        assert bench("--parts", part)[0] == 0
+
+    of_commit("a" * 40, "acceptance")
+    of_commit("b" * 40, "speed")
+    pages = [report_tables.real(tmp_path), report_tables.real_short(tmp_path)]
+    for lines in pages:
+        last = [line for line in lines if "commit" in line]
+        assert [f"commit {c * 9}" in line for c, line in zip("ab", last)] == [True, True]
+    assert all("| prose, summary | 300 |" in "\n".join(lines) for lines in pages)
+    assert report_tables.real_short(tmp_path / "none") == []
 
 
 def test_tokens_that_differ_are_a_failure(bench, monkeypatch):
@@ -88,14 +115,14 @@ def test_tokens_that_differ_are_a_failure(bench, monkeypatch):
 
 
 def test_what_fails_is_said_and_the_rest_goes_on(bench, monkeypatch):
-    plain = measure.speed
+    plain = measure.text
 
-    def fail(model, given, *rest):
-        if given.kind == "prose":
+    def fail(tokenizer, model, kind, *rest):
+        if kind == "prose":
             raise RuntimeError("no such luck")
-        return plain(model, given, *rest)
+        return plain(tokenizer, model, kind, *rest)
 
-    monkeypatch.setattr(measure, "speed", fail)
+    monkeypatch.setattr(measure, "text", fail)
     status, (_, first, second) = bench("--parts", "speed")
     assert status == 1 and first["status"] == "failed: RuntimeError: no such luck"
     assert second["status"] == "ok"
