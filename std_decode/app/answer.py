@@ -117,8 +117,9 @@ def patch_options(options: argparse.Namespace) -> dict[str, Any]:
     # One that is there may be where only root writes.
     if cache is not None and not cache.is_file():
         check_file("--draft-weights-cache", cache)
-    names = ("top_k_keys", "draft_length", "reselect", "draft_weights", "draft_weights_cache")
-    return {name: getattr(options, name) for name in (*names, "compile", "reproducible")}
+    names = ("top_k_keys", "draft_length", "prompt_lookup", "reselect", "draft_weights",
+             "draft_weights_cache", "compile", "reproducible")  # fmt: skip
+    return {name: getattr(options, name) for name in names}
 
 
 @contextmanager

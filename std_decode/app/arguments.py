@@ -26,6 +26,7 @@ examples:
   std-decode generate --model Qwen/Qwen2-VL-2B-Instruct --video clip.mp4 --prompt "What is sold?"
   std-decode generate --model ./mine --image photo.jpg --prompt "Read the sign." --dtype bfloat16
   std-decode generate --model ./mine --prompt "Write a poem." --sample --seed 7 --stats
+  std-decode generate --model ./mine --prompt-file code.txt --draft-length 0 --prompt-lookup yes
   torchrun --nproc-per-node 4 -m std_decode generate --tp --model Qwen/Qwen2-VL-72B-Instruct \\
     --prompt "What is sold?" --video clip.mp4 --dtype bfloat16"""
 
@@ -121,6 +122,21 @@ def _positive(text: str, most: float = float("inf")) -> float:
     return value
 
 
+def prompt_lookup(text: str) -> bool | str:
+    """As `patch` takes it."""
+    words: dict[str, bool | str] = {"no": False, "yes": True, "auto": "auto"}
+    if text not in words:
+        raise argparse.ArgumentTypeError(f"{text!r}, expected auto, yes or no")
+    return words[text]
+
+
+def add_prompt_lookup(add: Callable[..., Any]) -> None:
+    add("--prompt-lookup", type=prompt_lookup, default="auto", metavar="L",
+        help="draft what followed the newest tokens where they stood before, in prompt or answer: "
+        "auto (default: where --draft-length is auto, whenever that promises more), yes (with any "
+        "--draft-length; with 0 nothing else is drafted), no")  # fmt: skip
+
+
 def add_own_model(group: Any) -> None:
     """Options of every command that takes a model of the user's."""
     add = group.add_mutually_exclusive_group().add_argument
@@ -211,6 +227,7 @@ def _add_question(command: Any) -> None:
     add("--draft-length", type=draft_length, default="auto", metavar="G",
         help="tokens drafted a round, 0 to 63; 0 decodes densely, auto drafts where that pays "
         "(default: %(default)s)")  # fmt: skip
+    add_prompt_lookup(add)
     add("--draft-weights", choices=["int4", "auto"],
         help="draft with 4-bit copies of the weights (default: the model's own)")  # fmt: skip
     add("--draft-weights-cache", type=Path, metavar="FILE",

@@ -160,7 +160,8 @@ def _answers(
         promise = found.stats.promise
         found.difference = replace(found.difference, promised=promise == "unpatched")
         if promise == "reproducible":
-            alike = {"draft_length": 0, "reproducible": found.stats.tokens_per_pass}
+            passes = found.stats.tokens_per_pass
+            alike = {"draft_length": 0, "prompt_lookup": False, "reproducible": passes}
             with std_decode.patched(question.model, **{**patch, **alike}):
                 dense = tell()
             found.as_dense = torch.equal(dense.sequences, found.first[0].sequences)
@@ -170,6 +171,7 @@ def _answers(
 def _advice(question: Question, patch: dict[str, Any], console: Console) -> Findings | str:
     """What `std-decode sparsity` measures, of fewer numbers of keys; or why there is none."""
     patch = dict(patch)
+    del patch["prompt_lookup"]  # it is of sparse drafts
     keys = {patch.pop("top_k_keys"), *ADVISED_KEYS}
     length = patch.pop("draft_length")
     lengths = {*ADVISED_LENGTHS, *([length] if length in range(1, 64) else [])}

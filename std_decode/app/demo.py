@@ -62,7 +62,8 @@ def demo(options: argparse.Namespace) -> int:
             told = answer(model, inputs, tokenizer, options.seed, shown, **how)
             return replace(told, stats=std_decode.last_stats(model) if patch else None)
 
-    drafting = dict(top_k_keys=options.top_k_keys, draft_length=options.draft_length)
+    names = ("top_k_keys", "draft_length", "prompt_lookup")
+    drafting = {name: getattr(options, name) for name in names}
     ways = {"unpatched": None, "dense path": dict(draft_length=0), "patched": drafting}
     told: dict[str, list[Answer]] = {name: [] for name in ways}
     for run in range(options.repeat):

@@ -21,6 +21,7 @@ from std_decode.app.arguments import (
     add_compare,
     add_generate,
     add_own_model,
+    add_prompt_lookup,
     draft_length,
     seed,
     whole_number,
@@ -124,6 +125,7 @@ def _parser() -> argparse.ArgumentParser:
         help="tokens drafted a round, 0 to 63; 0 decodes densely, auto drafts where that pays, "
         "which it does not before some thousand video tokens (default: %(default)s)",
     )
+    add_prompt_lookup(add)
     add(
         "--repeat",
         type=whole_number(1, 1000),

@@ -98,12 +98,12 @@ def test_a_template_that_begins_with_the_bos_token_gets_no_second_one():
 
 def test_every_option_of_the_patch_comes_through():
     given = [*DRAFTS, "--draft-weights", "int4", "--draft-weights-cache", "a", "--no-reselect"]
-    given += ["--compile", "--reproducible", "16"]
+    given += ["--compile", "--reproducible", "16", "--prompt-lookup", "yes"]
     options = cli._parser().parse_args(["generate", *given])
     patch = answer.patch_options(options)
     assert patch.pop("draft_weights_cache").name == "a"
-    assert patch == dict(top_k_keys=8, draft_length=3, reselect=False, draft_weights="int4",
-                         compile=True, reproducible=16)  # fmt: skip
+    assert patch == dict(top_k_keys=8, draft_length=3, prompt_lookup=True, reselect=False,
+                         draft_weights="int4", compile=True, reproducible=16)  # fmt: skip
     defaults = answer.patch_options(cli._parser().parse_args(["generate"]))
     known = inspect.signature(std_decode.patch).parameters
     assert all(known[name].default == value for name, value in defaults.items())
@@ -113,6 +113,7 @@ def test_every_option_of_the_patch_comes_through():
     ("arguments", "words"),
     [
         (["--prompt", "Why?"], "--prompt is for a model of yours; give --model too"),
+        (["--prompt-lookup", "True"], "--prompt-lookup: 'True', expected auto, yes or no"),
         (["--image", "a.jpg"], "--image is for a model of yours"),
         (["--model", "m"], "--model needs a question; give --prompt TEXT, --video or --image"),
         (["--model", "m", "--prompt", "a", "--frames", "3"], "--frames is for a video"),
