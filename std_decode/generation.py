@@ -124,6 +124,8 @@ def _sooner(
             if config.return_dict_in_generate:
                 output = GenerateDecoderOnlyOutput(sequences=output)
         length.end()
+        agreed = options.policy.agreed
+        options.draft_weights.measured(stats, agreed.right, agreed.tried)
         engine.clock.settle()
         stats.kv_cache_bytes, stats.host_kv_bytes = cache.nbytes, cache.host_nbytes
         stats.workspace_bytes += engine.workspace

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
@@ -45,6 +46,22 @@ FIRST = 16  # tokens before the first trial: right after a prompt all steps are 
 PAUSE = 64  # dense steps between two trials at first; twice as many after each
 
 
+@dataclass
+class Agreed:
+    """Drafts of the model's own over all calls: tried, and found to be right.
+
+    Those after a row's first wrong one tell nothing and do not count.
+    """
+
+    right: int = 0
+    tried: int = 0
+
+    def observe(self, gamma: int, agreed: Mapping[int, int]) -> None:
+        if gamma > 0:
+            self.right += sum(agreed.values())
+            self.tried += sum(min(count + 1, gamma) for count in agreed.values())
+
+
 class FixedLength:
     """A policy that always drafts as many tokens, and the same for one generate call.
 
@@ -55,7 +72,7 @@ class FixedLength:
     def __init__(self, gamma: int, looks_up: bool = False):
         self.most = self.most_looked_up = self.gamma = gamma
         self.lengths = (gamma,) if gamma else ()
-        self.looks_up, self.chances = looks_up, Chances()
+        self.looks_up, self.chances, self.agreed = looks_up, Chances(), Agreed()
 
     def begin(self, *call: Any) -> FixedLength:
         return self
@@ -63,8 +80,8 @@ class FixedLength:
     def choose(self, rows: Sequence[int], found: Found | None = None) -> int:
         return -self.gamma if found is not None and found.everywhere else self.gamma
 
-    def observe(self, *measured: Any) -> None:
-        pass
+    def observe(self, gamma: int, agreed: Mapping[int, int], *measured: Any) -> None:
+        self.agreed.observe(gamma, agreed)
 
     def end(self) -> None:
         pass
@@ -86,7 +103,7 @@ class Policy:
         self.chances = Chances()
         self.times: dict[tuple[int, int, int | None], Times] = {}
         self.draft_times: dict[int, deque[float]] = {}
-        self.acceptance = SUPPOSED
+        self.acceptance, self.agreed = SUPPOSED, Agreed()
         self.behind = 0.0  # dense steps' worth; negative: what calls left of what they may lose
 
     def begin(
@@ -281,6 +298,7 @@ class DraftLength:
             first_use: whether something was compiled or captured in between, so that the seconds
                 tell nothing of rounds to come.
         """
+        self.policy.agreed.observe(gamma, agreed)
         self.since_dense, self.steps = self.since_dense + 1, self.steps + tokens
         if gamma < 0:
             self._learn_looked_up(Round(-gamma, 0.0, rest, tokens, looked_up=True), first_use)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 import os
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,13 +19,16 @@ from std_decode.costs import expected
 from std_decode.costs.hardware import H100, gpu
 from std_decode.costs.memory import free_memory, gigabytes
 from std_decode.costs.workload import Device, Workload, expected_tokens
+from std_decode.stats import DecodeStats
 from std_decode.weights import twin_cache
 from std_decode.weights.twins import Twins, local
 
-# "auto" has to decide before any prompt is seen, so it goes by one that people patch for.
+# "auto" has to decide before any prompt is seen, so it goes by one that people patch for, and by
+# an acceptance that the first rounds put right: see `DraftWeights.measured`.
 CONTEXT, ACCEPTANCE, MOST_DRAFTS = 25_000, 0.9, 16
 LEAST_GAIN = 1.05  # over drafting with the model's own weights, and over not drafting
 CACHED = 64 << 20  # weights of so few bytes are read from a cache, where fewer are no faster
+ENOUGH = 32  # drafts, by whose acceptance rather than `ACCEPTANCE` is predicted what copies gain
 MOST_SHARE = 0.5  # of the free memory; the rest is for KV caches
 # Rows of a draft above which 4 bits gain nothing. On a GPU by the expected time of one product,
 # with 4-bit weights and with whole ones: 32, all that our kernel takes in one reading of the
@@ -40,11 +45,13 @@ class DraftWeights:
         twins: None: the model's own weights.
         because: why "auto" decided so; None where it was not asked.
         most_rows: of a batch that drafts with twins; None: any.
+        predicted: how many times faster than dense steps at an acceptance, where "auto" predicted.
     """
 
     twins: Twins | None = None
     because: str | None = None
     most_rows: int | None = None
+    predicted: Callable[[float], float] | None = None
 
     def attach(self) -> None:
         if self.twins is not None:
@@ -77,6 +84,20 @@ class DraftWeights:
         account["draft_weights"] = "int4" if twins is not None else None
         account["draft_weights_because"] = "; ".join(filter(None, reasons)) or None
         return twins, account
+
+    def measured(self, stats: DecodeStats, right: int, tried: int) -> None:
+        """Tell `stats` of a call with twins what they gain at the acceptance that there is.
+
+        Args:
+            right, tried: drafts so far.
+        """
+        if self.predicted is None or stats.draft_weights is None or tried < ENOUGH:
+            return
+        gain = self.predicted(right / tried)
+        stats.draft_weights_because = (
+            f"{stats.draft_weights_because}; measured: {right / tried:.0%} of {tried:,} drafts "
+            f"agree, at which {gain:.2f}x is predicted"
+        )
 
 
 def check(wanted: Any, cache: Any) -> None:
@@ -123,17 +144,18 @@ def prepare(
         warnings.warn(
             f"std_decode: drafts keep the model's weights: {twins.missing}", stacklevel=4
         )
-    because = most_rows = None
+    because = most_rows = predicted = None
     if wanted == "auto":
         gains, because = decide(model, twins, top_k_keys)
         if not gains:
             return DraftWeights(because=because)
         most_rows = MOST_ROWS[twins.twins[0].weight.device.type]
+        predicted = partial(best_speedup, workload_of(model, top_k_keys, twins), held_by(twins))
     if cache is None:
         twins.make(model)
     else:
         twin_cache.make(model, twins, cache)
-    return DraftWeights(twins, because, most_rows)
+    return DraftWeights(twins, because, most_rows, predicted)
 
 
 def decide(model: Any, twins: Twins, top_k_keys: int) -> tuple[bool, str]:
@@ -148,7 +170,7 @@ def decide(model: Any, twins: Twins, top_k_keys: int) -> tuple[bool, str]:
     device = held_by(twins)
     own = best_speedup(replace(workload, draft_weight_bytes=None), device)
     four_bit = best_speedup(workload, device)
-    where = f"{workload.context} tokens, batch 1, acceptance {ACCEPTANCE:g}"
+    where = f"{workload.context} tokens, batch 1, if {ACCEPTANCE:.0%} of the drafts agree"
     predicted = f"{four_bit:.2f}x with 4-bit drafts, {own:.2f}x with the model's weights ({where})"
     if four_bit < LEAST_GAIN * max(1.0, own):
         return False, f"auto: predicted {predicted}"
@@ -246,13 +268,15 @@ def experts_of(model: Any) -> tuple[list[Tensor], float]:
     return [local(weight) for weight in found], min(1.0, taken / found[0].shape[0])
 
 
-def best_speedup(workload: Workload, on: Device | None = None) -> float:
+def best_speedup(
+    workload: Workload, on: Device | None = None, acceptance: float = ACCEPTANCE
+) -> float:
     """Of the best draft length over dense decoding; without a GPU while only bytes count."""
     if on is not None:
-        return expected.best_speedup(workload, on, ACCEPTANCE, MOST_DRAFTS)
+        return expected.best_speedup(workload, on, acceptance, MOST_DRAFTS)
     device = Device(bandwidth=1.0, flops=math.inf)
     dense = workload.dense_seconds(device)
     return max(
-        expected_tokens(ACCEPTANCE, gamma) * dense / workload.round_seconds(device, gamma)
+        expected_tokens(acceptance, gamma) * dense / workload.round_seconds(device, gamma)
         for gamma in range(1, MOST_DRAFTS + 1)
     )

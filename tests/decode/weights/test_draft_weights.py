@@ -3,6 +3,7 @@
 import copy
 import gc
 import pickle
+import re
 import threading
 import weakref
 from dataclasses import replace
@@ -505,6 +506,33 @@ def test_auto_goes_by_the_bytes_of_a_step(make_case, monkeypatch):
         case.generate()
         stats = std_decode.last_stats(case.model)
         assert stats.draft_weights is None and not twinned(case.model)
+
+
+def test_auto_does_not_stay_with_the_acceptance_it_supposed(make_case, monkeypatch):
+    """From the first rounds on it says what these drafts came to, one after another."""
+    monkeypatch.setattr(draft_weights, "CACHED", 0)
+    case = make_case("llama", max_new_tokens=40)
+    told = []
+    for length in (4, "auto"):
+        with std_decode.patched(
+            case.model, draft_weights="auto", top_k_keys=1, draft_length=length, reselect=False
+        ):
+            policy = case.model._std_decode.policy
+            for _ in range(4):
+                case.generate()
+            told.append(std_decode.last_stats(case.model).draft_weights_because)
+            agreed, predicted = policy.agreed, case.model._std_decode.draft_weights.predicted
+    four = told[0]
+    assert "if 90% of the drafts agree)" in four
+    share = re.search(
+        r"measured: (\d+)% of ([\d,]+) drafts agree, at which (.*)x is predicted", four
+    )
+    assert share is not None and int(share[1]) < 85 and int(share[2]) >= 32
+    workload, device = predicted.args
+    assert float(share[3]) == pytest.approx(
+        draft_weights.best_speedup(workload, device, int(share[1]) / 100), abs=0.05
+    )
+    assert ("measured" in told[1]) == (agreed.tried >= draft_weights.ENOUGH)
 
 
 def test_auto_predicts_what_the_roofline_does(monkeypatch):
