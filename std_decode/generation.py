@@ -214,6 +214,7 @@ def _engine(
     if offloads:
         fused, layers = None, dict(fused_layers=0, fused_layers_because=OFFLOADED)
     twins, weights = options.draft_weights.of_call(model, len(input_ids))
+    products = options.products.of_call()
     new_tokens = min(config.max_length - input_ids.shape[1], MOST_NEW_TOKENS)
     room = past + new + new_tokens + max(options.policy.most + 1, promise.rows)
     engine, eager_because = options.engines.take(
@@ -238,7 +239,17 @@ def _engine(
         forward = MethodType(options.original_class.__call__, model)
         prompt = past + new if config.prefill_chunk_size is not None else 0
         engine.start(
-            forward, given, kv_start, selection, stats, twins, order, promise, fused, prompt
+            forward,
+            given,
+            kv_start,
+            selection,
+            stats,
+            twins,
+            order,
+            promise,
+            fused,
+            prompt,
+            products,
         )
     except BaseException:
         engine.release()  # an earlier call's buffers may be in it

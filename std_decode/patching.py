@@ -28,6 +28,8 @@ from std_decode.rounds.policy import COMPILED_LENGTHS, LENGTHS, FixedLength, Pol
 from std_decode.rounds.tensor_parallel import own_file
 from std_decode.stats import DecodeStats
 from std_decode.weights import draft_weights as weights
+from std_decode.weights.products import Products
+from std_decode.weights.twins import linear_layers
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -49,6 +51,7 @@ class _Patch:
     promises: Promises
     fused: fusing.Fused
     recurrent: list[nn.Module]  # layers that take our cache
+    products: Products
     kv_cache: Literal["offloaded"] | None = None
     stats: DecodeStats | None = None
     decoding: type[Decoding] = Decoding  # a subclass looks on, see app/sparsity/measure.py
@@ -178,6 +181,7 @@ def patch(
     fused = fusing.Fused(target, tried.layers, fused_layers if not kv_cache else False, compile)
     drafting: weights.DraftWeights | None = None
     recurrent: list[nn.Module] = []
+    products = Products(() if compile else (layer for _, layer in linear_layers(target)))
     try:
         fused.attach()  # before the copies are made, which know weights by where they are
         policy = _policy(draft_length, prompt_lookup, compile)
@@ -198,9 +202,11 @@ def patch(
             promises,
             fused,
             recurrent,
+            products,
             kv_cache=kv_cache,
         )
         drafting.attach()
+        products.attach()
         fused.join(drafting.twins)
         recurrent += attach(target.get_decoder())
         tried.take_as_it_is(target)
@@ -208,6 +214,7 @@ def patch(
     except BaseException:
         if drafting is not None:
             drafting.detach()
+        products.detach()
         fused.detach()
         detach(recurrent)
         vars(target).pop("_std_decode", None)
@@ -235,6 +242,7 @@ def unpatch(model: Model) -> Model:
     target.__class__ = target._std_decode.original_class
     target._std_decode.engines.clear()
     target._std_decode.draft_weights.detach()
+    target._std_decode.products.detach()
     target._std_decode.fused.detach()
     detach(target._std_decode.recurrent)
     forget_passes(target.get_decoder().config, target._std_decode.layers)

@@ -18,7 +18,7 @@ from torch import nn
 
 from std_decode.model.fused_layer import own_class
 from std_decode.passes.pool import IDLE_HOOKS
-from std_decode.weights.twins import TwinnedLinear
+from std_decode.weights.twins import PLAIN_LAYERS
 
 _LAYER = {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}
 _MLP = {"gate_proj", "up_proj", "act_fn", "down_proj"}
@@ -53,7 +53,7 @@ def unlike(layer: nn.Module) -> str | None:
     if "q_norm" in named:
         norms += [attention.q_norm, attention.k_norm]
     for part in linear:
-        if type(part) not in (nn.Linear, TwinnedLinear):
+        if type(part) not in PLAIN_LAYERS:
             return f"a {type(part).__name__}, which is no plain nn.Linear"
     if type(activation) is not nn.SiLU and type(activation).__name__ != "SiLUActivation":
         return f"{type(activation).__name__} as its activation"

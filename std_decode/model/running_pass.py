@@ -33,6 +33,7 @@ class Pass:
         alone: each row's length before the pass, where every token attends by the model's own
             function as plain decoding has it: alone, on the CPU; else None.
         twins: whose 4-bit weights the pass reads (`std_decode.weights.twins.Twins`), or None.
+        products: how its products are made (`std_decode.weights.products.Products`), or None.
         fused: whose layers run fused (`std_decode.admission.fusing.Fused`), or None.
         normed: a norm, what it is going to be given, at which version, and what it makes of that;
             see `fused_layer`.
@@ -49,6 +50,7 @@ class Pass:
     rescore: bool = False
     alone: list[int] | None = None
     twins: object = None
+    products: object = None
     fused: object = None
     normed: tuple[object, Tensor, int, Tensor] | None = None
     padding: int = 0

@@ -90,7 +90,7 @@ class Engine:
         """Let go of a call's own objects; the buffers stay for the next."""
         self.cache.answer = self.cache.template = None
         del self.forward, self.compiled, self.selection, self.stats, self.clock
-        del self.twins, self.fused
+        del self.twins, self.fused, self.products
 
     def start(
         self,
@@ -104,6 +104,7 @@ class Engine:
         promise: Promise = ROUNDED,
         fused: object = None,
         prompt: int = 0,
+        products: object = None,
     ) -> None:
         """Begin a generate call.
 
@@ -118,10 +119,11 @@ class Engine:
             promise: that the decoding passes have to keep.
             fused: whose layers run fused in them, see `Pass`.
             prompt: see `SparseToDenseCache.to_read`.
+            products: those that round as they like, see `Pass`.
         """
         self.forward, self.selection, self.stats = forward, selection, stats
         self.clock = Clock(stats, self.cache.lengths.device)
-        self.twins, self.fused = twins, fused
+        self.twins, self.fused, self.products = twins, fused, products
         self.promise = promise
         compiles = self.compiles and promise.kind != "unpatched"  # compiled passes round otherwise
         self.compiled = compile_pass(forward) if compiles else None
@@ -331,6 +333,8 @@ class Engine:
         self.cache.expect(tokens.shape[1], drafted=phase == "draft")
         running = Pass(phase, self.cache, self.layers, rescore=rescore, padding=padding)
         running.fused = self.fused
+        if phase == "draft" or self.promise.kind == "rounded":
+            running.products = self.products
         inputs = {"input_ids": tokens, "position_ids": positions, **shared}
         if phase == "draft":
             running.twins = self.twins

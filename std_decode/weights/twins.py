@@ -27,6 +27,7 @@ from std_decode.model.running_pass import running_pass
 from std_decode.weights import quantize
 from std_decode.weights.joint import Joint
 from std_decode.weights.moments import input_moments
+from std_decode.weights.products import PassLinear
 from std_decode.weights.rescoring import rescored
 
 SHOWN_AFTER = 1.0  # seconds of quantising, before someone at a terminal is told
@@ -34,7 +35,7 @@ _NONE = "no linear layer can have 4-bit weights"
 _making = RLock()
 
 
-class TwinnedLinear(nn.Linear):
+class TwinnedLinear(PassLinear):
     """An ``nn.Linear`` that drafts with a 4-bit copy of its weights."""
 
     _std_decode_twin: Twin
@@ -45,7 +46,10 @@ class TwinnedLinear(nn.Linear):
             twin = self._std_decode_twin
             if running.twins is twin.owner and twin.packed is not None:
                 return twin.multiply(input, self.bias)
-        return F.linear(input, self.weight, self.bias)
+        return super().forward(input)
+
+
+PLAIN_LAYERS = (nn.Linear, PassLinear, TwinnedLinear)
 
 
 class _Recognised(TorchFunctionMode):
@@ -151,7 +155,7 @@ class Twins:
         self.missing: str | None = None
         output = model.get_output_embeddings()
         heads = set() if output is None else {*output.modules()}
-        for name, layer in _linear_layers(model):
+        for name, layer in linear_layers(model):
             reason = self._refusal(layer)
             if reason is None:
                 wrapped = "forward" in vars(layer)
@@ -194,7 +198,7 @@ class Twins:
 
     def _refusal(self, layer: nn.Linear) -> str | None:
         """Why a layer keeps its weights, or None."""
-        if type(layer) not in (nn.Linear, TwinnedLinear):
+        if type(layer) not in PLAIN_LAYERS:
             return f"a {type(layer).__name__}, which is no plain nn.Linear"
         if type(layer) is TwinnedLinear and layer._std_decode_twin.owner is not self:
             return "a layer shared with another patched model, which has its twin"
@@ -285,7 +289,7 @@ class Twins:
         return None if self.missing else self
 
 
-def _linear_layers(model: Any) -> Iterator[tuple[str, nn.Linear]]:
+def linear_layers(model: Any) -> Iterator[tuple[str, nn.Linear]]:
     """Those of the text decoder and the LM head; not those that adapters add beside them."""
     names = {module: name for name, module in model.named_modules()}
     beside: set[nn.Module] = set()
