@@ -13,6 +13,7 @@ from bench.arguments import between, new_parser
 from bench.kernels.points import (
     CPU_GRID,
     GPU_GRID,
+    HYBRIDS,
     KNOWN_SHAPES,
     OPS,
     PRESETS,
@@ -21,7 +22,7 @@ from bench.kernels.points import (
     grid,
 )
 
-_HELP = """\
+_HELP = f"""\
 Times each op of std_kernels at the head shapes of real models, beside its rivals:
 
   verify_attention, and with scores   SDPA (flash, efficient, cuDNN; math on the CPU; as is),
@@ -33,6 +34,10 @@ Times each op of std_kernels at the head shapes of real models, beside its rival
   score_keys                          the same in eager PyTorch
   int4_linear                         whole weights, PyTorch's 4-bit matmul (on a GPU), gemlite;
                                       and ours without the launch that adds the parts of K
+  gated_delta_rule                    transformers' loop over the tokens, flash-linear-attention's
+                                      fused recurrent kernel; of {HYBRIDS[0]} where no model that
+                                      was asked for keeps states
+  causal_conv1d                       PyTorch's convolution, causal-conv1d
 
 Libraries are timed where they are installed; the table names those that are not. They read the
 same tensors through views: planning, compiling and layouts are not in the times, copies would be.

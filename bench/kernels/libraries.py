@@ -25,6 +25,8 @@ LIBRARIES = {
     "flashinfer": "flashinfer",
     "xformers": "xformers",
     "gemlite": "gemlite",
+    "fla": "fla",
+    "causal-conv1d": "causal_conv1d",
 }
 PAGE = 64  # keys, for what takes pages
 TORCH_PAGE = 256  # the least that FlashAttention's kernels in torch take

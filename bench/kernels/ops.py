@@ -15,6 +15,7 @@ import std_kernels as sk
 from bench.kernels import checks, rivals
 from bench.kernels.libraries import Rival, Tensors
 from bench.kernels.points import SCORING, TAIL, Point
+from bench.kernels.recurrent import Convolution, Rule
 from std_decode.weights import quantize
 
 # A rival may round where ours does not: what is further off than this computes something else.
@@ -237,6 +238,30 @@ def _int4_linear(inputs: Inputs, point: Point) -> Case:
     )
 
 
+def _gated_delta_rule(inputs: Inputs, point: Point) -> Case:
+    rule = Rule(point, inputs.normal)
+    state = rule.state.clone()  # what is timed renews it each time
+    return Case(
+        rule.bytes,
+        lambda: rule.run(state),
+        rule.check,
+        rule.rivals(),
+        f"after {point.tokens} accepted",
+        lambda rival, result: rule.error(rival.output(result)),
+    )
+
+
+def _causal_conv1d(inputs: Inputs, point: Point) -> Case:
+    conv = Convolution(point, inputs.normal)
+    return Case(
+        conv.bytes,
+        conv.run,
+        lambda: conv.error(conv.run()),
+        conv.rivals(),
+        check_rival=lambda rival, result: conv.error(rival.output(result)),
+    )
+
+
 _CASES: dict[str, Callable[[Inputs, Point], Case]] = {
     "verify_attention": _verify,
     "verify_attention_with_scores": _verify_with_scores,
@@ -244,4 +269,6 @@ _CASES: dict[str, Callable[[Inputs, Point], Case]] = {
     "sparse_attention": _sparse,
     "score_keys": _score,
     "int4_linear": _int4_linear,
+    "gated_delta_rule": _gated_delta_rule,
+    "causal_conv1d": _causal_conv1d,
 }

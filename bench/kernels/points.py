@@ -6,9 +6,10 @@ from collections.abc import Iterator, Sequence
 from itertools import product
 from typing import NamedTuple
 
-from bench.models.dimensions import SHAPES, Shape
+from bench.models.dimensions import CONVOLUTION, SHAPES, Shape
 from std_decode.weights import quantize
 
+STATEFUL = ("gated_delta_rule", "causal_conv1d")  # of layers that keep a state
 OPS = (
     "verify_attention",
     "verify_attention_with_scores",
@@ -16,6 +17,7 @@ OPS = (
     "select_topk",
     "score_keys",
     "int4_linear",
+    *STATEFUL,
 )
 SCORING = 64  # queries that score_keys averages over
 # Those with the same input as one, as drafts read them.
@@ -28,6 +30,7 @@ MORE_SHAPES = {
 }
 KNOWN_SHAPES = {**SHAPES, **MORE_SHAPES}
 MODELS = ("qwen2-vl-7b", "llava-onevision-72b", "llama-3-8b", "llava-next-video-7b")
+HYBRIDS = ("qwen3.5-27b",)  # for STATEFUL ops, where no model that was asked for has them
 
 
 class Point(NamedTuple):
@@ -36,7 +39,7 @@ class Point(NamedTuple):
     op: str
     shape: str  # a key of KNOWN_SHAPES
     batch: int
-    context: int = 0  # N; 0 for int4_linear, which reads no cache
+    context: int = 0  # N; 0 for an op that reads no cache
     tokens: int = 0  # T, for an op that has it
     keys: int = 0  # K, for an op that has it
     matrix: str = ""  # of int4_linear: one of MATRICES
@@ -101,7 +104,11 @@ def grid(sizes: Grid, ops: Sequence[str] = OPS) -> Iterator[Job]:
                 has_tokens = op not in ("select_topk", "score_keys")
                 has_keys = op in ("sparse_attention", "select_topk")
                 # Once for each size that the op has.
-                if op == "int4_linear" or not has_tokens and tokens != sizes.tokens[0]:
+                if (
+                    op in ("int4_linear", *STATEFUL)
+                    or not has_tokens
+                    and tokens != sizes.tokens[0]
+                ):
                     continue
                 if not has_keys and keys != sizes.keys[0]:
                     continue
@@ -109,6 +116,10 @@ def grid(sizes: Grid, ops: Sequence[str] = OPS) -> Iterator[Job]:
         if "int4_linear" in ops:
             for matrix in sizes.matrices:
                 yield Job(Point("int4_linear", shape, batch, matrix=matrix))
+    hybrids = [shape for shape in sizes.shapes if KNOWN_SHAPES[shape].recurrent] or HYBRIDS
+    stateful = [op for op in STATEFUL if op in ops]
+    for shape, batch, op, tokens in product(hybrids, sizes.batches, stateful, sizes.tokens):
+        yield Job(Point(op, shape, batch, tokens=tokens))
 
 
 def round_preset() -> Iterator[Job]:
@@ -162,6 +173,10 @@ def needed_bytes(point: Point, itemsize: int) -> int:
         outputs, inputs = point.matrix_shape
         # The weights, their 4-bit copy rounded back to float32, and the copy itself twice.
         return outputs * inputs * (itemsize + 5) + quantize.temporary_bytes(outputs, inputs)
+    if point.op in STATEFUL:
+        assert model.recurrent is not None
+        inputs = point.batch * (2 * point.tokens + CONVOLUTION) * model.recurrent.channels
+        return 3 * point.batch * model.recurrent.state_bytes + 3 * itemsize * inputs
     rows = point.batch * model.kv_heads * point.context
     if point.op == "select_topk":
         # Scores, and a stable sort of a part of them.

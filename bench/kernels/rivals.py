@@ -28,7 +28,7 @@ BACKENDS = {
 }
 NAMES = (*BACKENDS, "sdpa", "varlen", "varlen-paged", "flexattention", *LIBRARIES, "sdpa+eager",
          "torch.topk", "torch.topk+sort", "flashinfer+ties", "gather+sdpa", "eager",
-         "dense-weights", "int4pack_mm", "partials")  # fmt: skip
+         "dense-weights", "int4pack_mm", "partials", "transformers", "conv1d")  # fmt: skip
 
 
 def _call(function: Callable[..., Any], *args: Any, **options: Any) -> Callable[[], Any]:

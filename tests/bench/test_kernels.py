@@ -4,6 +4,7 @@ import inspect
 import json
 import sys
 import types
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,8 +12,19 @@ import torch.nn.functional as F
 
 import std_kernels as sk
 from bench.__main__ import main
-from bench.kernels import checks, libraries, ops, points, rivals, runner, tables, timing
+from bench.kernels import (
+    checks,
+    libraries,
+    ops,
+    points,
+    recurrent,
+    rivals,
+    runner,
+    tables,
+    timing,
+)
 from bench.kernels.points import OPS, Point
+from bench.models.dimensions import Recurrent
 from std_kernels import reference
 
 CPU = torch.device("cpu")
@@ -23,6 +35,9 @@ SIZES = ["--shape", "tiny", "--batch", "3", "--context", "256", "--tokens", "1",
 @pytest.fixture(autouse=True)
 def quickly(monkeypatch):
     monkeypatch.setattr(timing, "CPU_ROUNDS", (1, 1))
+    few = replace(points.SHAPES["tiny"], recurrent=Recurrent(2, 4))
+    monkeypatch.setitem(points.KNOWN_SHAPES, "tiny-hybrid", few)
+    monkeypatch.setattr(points, "HYBRIDS", ("tiny-hybrid",))
     monkeypatch.setattr(timing, "CPU_CACHE_BYTES", 1 << 12)
     copy = ops.copy_case
     monkeypatch.setattr(runner, "copy_case", lambda device, _: copy(device, 1 << 16))
@@ -119,6 +134,22 @@ def other_columns(right, given, packed, scales):
     return right(given.roll(1, -1), packed, scales)
 
 
+def no_last_accepted(right, query, key, value, g, beta, state, *lengths):
+    before = query.shape[1] - 1
+    beta = torch.cat((beta[:, :before], 0 * beta[:, :1], beta[:, before + 1 :]), 1)
+    return right(query, key, value, g, beta, state, *lengths)
+
+
+def newest_states(right, *given):
+    out = right(*given)
+    right(*given[:6], given[7] - given[0].shape[1], given[7] + 1)  # of one token more
+    return out
+
+
+def shifted_tokens(right, inputs, *given, **options):
+    return right(inputs.roll(1, 1), *given, **options)
+
+
 def unsorted(right, scores, k):
     found = right(scores, k)
     found[0, 0, 0, :2] = found[0, 0, 0, :2].flip(-1)
@@ -139,6 +170,9 @@ def unsorted(right, scores, k):
         ("score_keys", no_last_query),
         ("select_topk", unsorted),
         ("int4_linear", other_columns),
+        ("gated_delta_rule", no_last_accepted),
+        ("gated_delta_rule", newest_states),
+        ("causal_conv1d", shifted_tokens),
     ],
 )
 def test_a_wrong_kernel_is_refused_and_not_timed(op, change, tmp_path, monkeypatch, capsys):
@@ -149,7 +183,8 @@ def test_a_wrong_kernel_is_refused_and_not_timed(op, change, tmp_path, monkeypat
             calls, device
         )
     )  # fmt: skip
-    options = ("--op", op, "--rival", "sdpa", "torch.topk", "eager", "--out", tmp_path)
+    names = ("sdpa", "torch.topk", "eager", "conv1d")
+    options = ("--op", op, "--rival", *names, "--out", tmp_path)
     assert bench(*options) == 0 and timed
     timed.clear()
     shift(monkeypatch, op, change)
@@ -263,6 +298,8 @@ def test_the_grid():
         "select_topk": 3 * caches,
         "score_keys": caches,
         "int4_linear": 4 * 3 * 5,
+        "gated_delta_rule": 3 * 3,
+        "causal_conv1d": 3 * 3,
     }
     # A KV cache is made once: points that share it stand together.
     with_cache = [(p.shape, p.batch, p.context) for p in every if p.context]
@@ -565,6 +602,69 @@ def test_xformers(T, monkeypatch):
     monkeypatch.setitem(sys.modules, "xformers.ops.fmha.attn_bias", bias)
     rival = libraries.xformers(given)
     assert right(given).of_rival(rival.output(rival.prepare()()), rival.causal) <= 1
+
+
+def stateful(op, T):
+    """As `bench kernels` makes them of a model of few heads."""
+    normal, point = torch.Generator().manual_seed(T), Point("", "tiny-hybrid", 3, tokens=T)
+    return op(point, lambda *shape, dtype=None: torch.randn(*shape, generator=normal, dtype=dtype))
+
+
+@pytest.mark.parametrize("T", [1, 4])
+def test_flash_linear_attention(T, monkeypatch):
+    rule = stateful(recurrent.Rule, T)
+
+    def fused_recurrent_gated_delta_rule(
+        q, k, v, g, beta, *, initial_state, output_final_state, use_qk_l2norm_in_kernel
+    ):
+        assert q.shape == k.shape == (3, 2 * T, 2, 128) and v.shape == (3, 2 * T, 4, 128)
+        assert output_final_state and use_qk_l2norm_in_kernel
+        for ours, theirs in ((rule.key, k), (rule.value, v), (rule.state, initial_state)):
+            same_memory(theirs, ours)
+        zero = torch.zeros(3, dtype=torch.int32)
+        given = q, k, v, g, beta, initial_state, zero, zero + 2 * T
+        return reference.gated_delta_rule(*given, dtype=torch.float32)
+
+    fla = types.SimpleNamespace(fused_recurrent_gated_delta_rule=fused_recurrent_gated_delta_rule)
+    monkeypatch.setitem(sys.modules, "fla.ops.gated_delta_rule", fla)
+    rival = rule.rival(rule._fla)
+    result = rival.prepare()()
+    assert rule.error(rival.output(result)) <= 1 < rule.error(1.01 * rival.output(result))
+
+
+@pytest.mark.parametrize("T", [1, 4])
+def test_the_convolution_of_a_library(T, monkeypatch):
+    conv = stateful(recurrent.Convolution, T)
+
+    def causal_conv1d_fn(x, weight, *, activation):
+        assert x.shape == (3, weight.shape[0], T + 3) and x.stride(1) == 1 and activation == "silu"
+        same_memory(x, conv.inputs)
+        padded = F.pad(x, (weight.shape[1] - 1, 0))
+        return F.silu(F.conv1d(padded, weight[:, None], groups=len(weight)))
+
+    fake = types.SimpleNamespace(causal_conv1d_fn=causal_conv1d_fn)
+    monkeypatch.setitem(sys.modules, "causal_conv1d", fake)
+    rival = conv.rival(conv._library)
+    result = rival.prepare()()
+    assert conv.error(rival.output(result)) <= 1 < conv.error(rival.output(result.roll(1, -1)))
+
+
+def test_the_grid_of_ops_with_a_state():
+    def asked(*shapes):
+        sizes = points.QUICK_CPU._replace(shapes=shapes, batches=(1, 8))
+        found = [job.point for job in points.grid(sizes, points.STATEFUL)]
+        assert len({*found}) == len(found) and not any(p.context or p.keys for p in found)
+        return {(p.shape, p.batch, p.tokens) for p in found if p.op == "gated_delta_rule"}
+
+    each = {(batch, tokens) for batch in (1, 8) for tokens in (1, 4)}
+    assert asked("llama-3-8b") == {("tiny-hybrid", *one) for one in each}
+    both = asked("qwen3.5-35b-a3b", "llama-3-8b", "qwen3.5-27b")
+    assert {shape for shape, *_ in both} == {"qwen3.5-35b-a3b", "qwen3.5-27b"} and len(both) == 8
+    point = points.Point("gated_delta_rule", "qwen3.5-27b", 8, tokens=4)
+    state = 8 * 48 * 128 * 128 * 4
+    assert 2 * state < points.needed_bytes(point, 2) < 4 * state and point.size == "B 8, T 4"
+    assert points.reason_to_skip(point, 2, 1e9) is None
+    assert "does not fit" in points.reason_to_skip(point, 2, 1e7)
 
 
 def test_the_picture_takes_the_sizes_that_are_nearest():
