@@ -10,6 +10,7 @@ import torch
 
 import std_decode
 from bench.models.pretrained import INSTALL, installed, load, prompt
+from bench.real import texts
 from tests.decode.conftest import Case
 
 pytestmark = pytest.mark.skipif(not installed(), reason=f"no pretrained model; {INSTALL}")
@@ -34,6 +35,18 @@ def test_the_same_tokens_in_float32(sampled, texts):
             case.assert_same_tokens(expected, got)
             if options["draft_length"] == 4:
                 assert stats.acceptance_rate > 0.4
+
+
+def test_the_same_tokens_by_look_ups():
+    """Of a table that the answer copies."""
+    tokenizer, model = loaded(torch.float32)
+    inputs = texts.prompt(tokenizer, "table", "question", 150)
+    case = Case(model, inputs, dict(max_new_tokens=24, do_sample=False))
+    expected = case.generate()
+    with std_decode.patched(model, draft_length=4, top_k_keys=64, prompt_lookup=True):
+        case.assert_same_tokens(expected, case.generate())
+        stats = std_decode.last_stats(model)
+    assert stats.fallback is None and stats.lookup_accepted > 0
 
 
 @pytest.mark.parametrize(
