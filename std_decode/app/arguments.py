@@ -26,7 +26,7 @@ examples:
   std-decode generate --model Qwen/Qwen2-VL-2B-Instruct --video clip.mp4 --prompt "What is sold?"
   std-decode generate --model ./mine --image photo.jpg --prompt "Read the sign." --dtype bfloat16
   std-decode generate --model ./mine --prompt "Write a poem." --sample --seed 7 --stats
-  std-decode generate --model ./mine --prompt-file code.txt --draft-length 0 --prompt-lookup yes
+  std-decode generate --model ./mine --prompt "Say it again." --draft-length 0 --prompt-lookup yes
   torchrun --nproc-per-node 4 -m std_decode generate --tp --model Qwen/Qwen2-VL-72B-Instruct \\
     --prompt "What is sold?" --video clip.mp4 --dtype bfloat16"""
 
