@@ -1,8 +1,8 @@
 """4-bit copies of a linear layer's weights, and the product with them: `std_kernels.int4_linear`.
 
 Along each row, groups of 128 (64, 32) weights share a scale and a zero, both bfloat16;
-w = (q - 8) * scale + zero with q from 0 to 15. That is 0.53 bytes a weight. How they are chosen is
-in `rounding`.
+w = (q - 8) * scale + zero with q from 0 to 15. That is 0.53 bytes a weight in groups of 128, 0.56
+in groups of 64. How they are chosen is in `rounding`.
 
 Copies serve drafts alone, so what rounding costs is agreement, never a token.
 """
@@ -20,6 +20,7 @@ from std_decode.model.packed import PLAIN
 from std_decode.weights.rounding import fit
 
 GROUPS = (128, 64, 32)  # the first that divides a row is taken
+MOST_BYTES = 0.56  # a weight, for which groups may be finer than they need be
 ROWS = 16  # output features that `std_kernels.pack_int4` packs together
 CHUNK = 1 << 24  # weights that are quantised at a time, which bounds what is needed besides
 FITTED = 1 << 18  # the same on a CPU, whose caches they should fit in
@@ -45,6 +46,29 @@ class Quantized(NamedTuple):
 def group_size(columns: int) -> int | None:
     """How many weights of a row of `columns` share a scale, or None where no size divides it."""
     return next((group for group in GROUPS if columns % group == 0), None)
+
+
+def group_sizes(shapes: list[tuple[int, int]], besides: int = 0) -> list[int]:
+    """How many weights share a scale in each layer, given all layers' ``[N, K]`` in their order.
+
+    Where the hidden size is no multiple of 128, most layers have groups of 64 and those that read
+    the MLP's wider states, which are hurt most by rounding, would have coarser ones. They get the
+    same from the last layer on, as far as `MOST_BYTES` go.
+
+    Args:
+        besides: bytes that a draft reads beside the copies.
+    """
+    groups = [group_size(columns) or GROUPS[-1] for _, columns in shapes]
+    finest = min(groups, default=0)
+    widest = max((columns for _, columns in shapes), default=0)
+    spare = MOST_BYTES * sum(rows * columns for rows, columns in shapes) - besides
+    spare -= sum(nbytes(*shape, group) for shape, group in zip(shapes, groups))
+    for index in reversed(range(len(shapes))):
+        rows, columns = shapes[index]
+        more = nbytes(rows, columns, finest) - nbytes(rows, columns, groups[index])
+        if rows < columns == widest and 0 < more <= spare:
+            groups[index], spare = finest, spare - more
+    return groups
 
 
 def no_kernel(device: torch.device) -> str | None:
@@ -73,34 +97,43 @@ def refusal(weight: Tensor) -> str | None:
     return no_kernel(weight.device)
 
 
-def nbytes(rows: int, columns: int) -> int:
+def nbytes(rows: int, columns: int, group: int | None = None) -> int:
     """Of the 4-bit copy of ``[rows, columns]`` weights, scales and zeros included."""
-    group = group_size(columns)
+    group = group or group_size(columns)
     assert group is not None
     return rows * columns // 2 + 4 * rows * (columns // group)
 
 
-def temporary_bytes(rows: int, columns: int) -> int:
+def temporary_bytes(rows: int, columns: int, group: int | None = None) -> int:
     """What making the copy takes besides, at most: chunks in float32, and the copy unpacked."""
-    return 24 * min(max(CHUNK, 64 * columns), rows * columns) + nbytes(rows, columns)
+    return 24 * min(max(CHUNK, 64 * columns), rows * columns) + nbytes(rows, columns, group)
 
 
-def quantize(weight: Tensor, importance: Tensor | None = None) -> Quantized:
+def quantize(
+    weight: Tensor,
+    importance: Tensor | None = None,
+    mean: Tensor | None = None,
+    group: int | None = None,
+) -> Quantized:
     """Round a weight ``[N, K]`` of any float dtype to 4 bits, where it is.
 
     Args:
         importance: of each column, float32 ``[K]``, positive, with a mean of 1: the mean squares
             of what it is multiplied with. None: all count alike.
+        mean: of what each column is multiplied with, float32 ``[K]``, in the same units; None: 0.
+        group: how many weights share a scale, one of `GROUPS` that divides K; None: the first.
     """
     columns = weight.shape[1]
-    group = group_size(columns)
-    assert group is not None
-    if importance is not None:
-        importance = importance.to(weight.device).unflatten(0, (-1, group))
+    group = group or group_size(columns)
+    assert group is not None and columns % group == 0
+    about = [
+        None if x is None else x.to(weight.device).unflatten(0, (-1, group))
+        for x in (importance, mean)
+    ]
     rows = _chunk_rows(columns)
     if weight.device.type == "cpu":
         rows = max(1, min(rows, FITTED // columns))
-    parts = [_quantize(chunk, group, importance) for chunk in weight.split(rows)]
+    parts = [_quantize(chunk, group, *about) for chunk in weight.split(rows)]
     values, scales = zip(*parts)
     return Quantized(torch.cat(values), torch.cat(scales, dim=1))
 
@@ -110,11 +143,13 @@ def _chunk_rows(columns: int) -> int:
     return max(64, CHUNK // columns // 64 * 64)
 
 
-def _quantize(weight: Tensor, group: int, importance: Tensor | None) -> tuple[Tensor, Tensor]:
+def _quantize(
+    weight: Tensor, group: int, importance: Tensor | None, mean: Tensor | None
+) -> tuple[Tensor, Tensor]:
     groups = weight.detach().float().contiguous().unflatten(1, (-1, group))
-    q, scale, zero = fit(groups, importance)
-    q = q.flatten(1)
-    values = q[:, ::2] << 4 | q[:, 1::2]
+    q, scale, zero = fit(groups, importance, mean)
+    pairs = q.flatten(1).view(torch.int16)  # the even column in the low byte
+    values = (pairs << 4).bitwise_or_(pairs >> 8).to(torch.int8).view(torch.uint8)
     return values, torch.stack((scale, zero), dim=-1).transpose(0, 1).contiguous()
 
 

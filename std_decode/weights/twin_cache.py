@@ -19,8 +19,10 @@ from torch import Tensor
 from std_decode.weights.quantize import Quantized
 from std_decode.weights.twins import Twins
 
-FORMAT = "std_decode 4-bit weights, 2"
-OLDER = ("std_decode 4-bit weights, 1",)  # rounded less well; replaced
+FORMAT = "std_decode 4-bit weights, 3"
+OLDER = tuple(
+    f"std_decode 4-bit weights, {number}" for number in (1, 2)
+)  # rounded less well; replaced
 SAMPLE = 1024  # weights of a layer
 
 

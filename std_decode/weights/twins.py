@@ -26,9 +26,9 @@ from std_decode.costs.memory import free_memory, gigabytes
 from std_decode.model.running_pass import running_pass
 from std_decode.weights import quantize
 from std_decode.weights.joint import Joint
-from std_decode.weights.moments import input_moments
+from std_decode.weights.moments import Moments, input_moments
 from std_decode.weights.products import PassLinear
-from std_decode.weights.rescoring import rescored
+from std_decode.weights.rescoring import CLASSES, rescored
 
 SHOWN_AFTER = 1.0  # seconds of quantising, before someone at a terminal is told
 _NONE = "no linear layer can have 4-bit weights"
@@ -78,6 +78,7 @@ class Twin:
         name: of the layer in the model.
         wrapped: whether the layer's forward was replaced.
         head: whether it is the LM head, whose best logits are its own weights'.
+        group: how many of its weights share a scale.
         packed, scales: see `quantize`; None until made, and in copies of a model.
         made_of: what it was made of, see `_made_of`.
         joint: what it is part of, see `Twins.joint`.
@@ -88,6 +89,7 @@ class Twin:
     owner: Twins
     wrapped: bool
     head: bool = False
+    group: int | None = None
     packed: Any = None
     scales: Any = None
     made_of: Any = None
@@ -98,8 +100,13 @@ class Twin:
         return local(self.layer.weight)
 
     @property
+    def shape(self) -> tuple[int, int]:
+        rows, columns = self.weight.shape
+        return rows, columns
+
+    @property
     def planned_bytes(self) -> int:
-        return quantize.nbytes(*self.weight.shape)
+        return quantize.nbytes(*self.shape, self.group)
 
     @property
     def nbytes(self) -> int:
@@ -162,8 +169,15 @@ class Twins:
                 self.twins.append(Twin(name, layer, self, wrapped, layer in heads))
             else:
                 self.kept[name] = reason
+        self._choose_groups()
         if not self.twins:
             self.missing = f"{_NONE}: {self.why_kept() or 'there is none'}"
+
+    def _choose_groups(self) -> None:
+        shapes = [twin.shape for twin in self.twins]
+        rescoring = [CLASSES * twin.weight[0].nbytes for twin in self.twins if twin.head]
+        for twin, group in zip(self.twins, quantize.group_sizes(shapes, sum(rescoring))):
+            twin.group = group
 
     @property
     def planned_bytes(self) -> int:
@@ -256,18 +270,19 @@ class Twins:
                     self.kept[twin.name] = reason
             stale = [twin for twin in stale if twin.name not in self.kept]
             _check_memory([twin for twin in stale if twin.packed is None])
-            moments: dict[nn.Module, Tensor] | None = None
+            moments: dict[nn.Module, Moments] | None = None
             for twin in _with_progress(stale):
                 quantized = read(twin.name)
                 if quantized is None:
                     if moments is None:
                         moments = self._moments(model)
-                    quantized = quantize.quantize(twin.weight, moments.get(twin.layer))
+                    squares, mean = moments.get(twin.layer) or (None, None)
+                    quantized = quantize.quantize(twin.weight, squares, mean, twin.group)
                     keep(twin.name, quantized)
                 twin.take(quantized)
                 twin.made_of = now[twin]
 
-    def _moments(self, model: Any) -> dict[nn.Module, Tensor]:
+    def _moments(self, model: Any) -> dict[nn.Module, Moments]:
         # Replaced forwards may be of ranks that share the model, and not all may come here.
         if any(twin.wrapped for twin in self.twins):
             return {}
@@ -330,7 +345,7 @@ def _check_memory(twins: list[Twin]) -> None:
     for device in {twin.weight.device for twin in twins}:
         there = [twin for twin in twins if twin.weight.device == device]
         needed = sum(twin.planned_bytes for twin in there)
-        meanwhile = max(quantize.temporary_bytes(*twin.weight.shape) for twin in there)
+        meanwhile = max(quantize.temporary_bytes(*twin.shape, twin.group) for twin in there)
         free = free_memory(device)
         if needed + meanwhile > free:
             raise MemoryError(

@@ -693,7 +693,7 @@ def test_a_file_of_an_older_format_is_replaced(make_case, tmp_path, monkeypatch)
     with monkeypatch.context() as older:
         plain = quantize.quantize
         older.setattr(twin_cache, "FORMAT", twin_cache.OLDER[-1])
-        older.setattr(quantize, "quantize", lambda weight, _: plain(0 * weight))
+        older.setattr(quantize, "quantize", lambda weight, *_: plain(0 * weight))
         file.unlink()
         with std_decode.patched(case.model, draft_weights_cache=file, **PATCH):
             assert min(errors(case.model).values()) > 0.9

@@ -5,7 +5,7 @@ import torch
 from torch.nn.functional import linear
 
 import std_decode
-from std_decode.weights import quantize
+from std_decode.weights import quantize, rounding
 from std_decode.weights.twins import TwinnedLinear
 
 FAMILIES = ("qwen2_vl", "llava_onevision", "llama", "gemma3")
@@ -58,6 +58,58 @@ def test_what_is_multiplied_with_much_is_rounded_best():
     heavy = importance > 1
     assert errors[:, heavy].square().mean() < 0.5 * plain[:, heavy].square().mean()
     assert (errors.square() @ importance).mean() < 0.8 * (plain.square() @ importance).mean()
+
+
+def test_errors_cancel_out_on_the_mean_input():
+    torch.manual_seed(0)
+    weight, given = torch.randn(64, 256), torch.randn(500, 256) + 4 * torch.rand(256)
+    scale = given.square().mean().sqrt()
+    squares, mean = given.square().mean(0) / scale**2, given.mean(0) / scale
+    apart, balanced = (
+        quantize.dequantize(quantize.quantize(weight, squares, about)) - weight
+        for about in (None, mean)
+    )
+    assert (balanced @ mean).square().mean() < 0.05 * (apart @ mean).square().mean()
+    assert (given @ balanced.T).square().mean() < 0.5 * (given @ apart.T).square().mean()
+    assert balanced.square().mean() < 1.2 * apart.square().mean()
+    # Where inputs have no mean there is nothing to cancel.
+    for one, other in zip(
+        quantize.quantize(weight, squares), quantize.quantize(weight, squares, 0 * mean)
+    ):
+        assert torch.equal(one, other)
+
+
+def test_zeros_move_as_far_as_is_best():
+    """What is said to be least of all moves is, against moves a little shorter and longer."""
+    torch.manual_seed(0)
+    mean = torch.randn(4, 32) / 2
+    squares = mean.square() + torch.rand(4, 32)
+    variance, total = (squares - mean.square()).double().sum(-1), mean.double().sum(-1)
+
+    def cost(move):
+        return (variance * move.square()).sum() + (1 - total @ move) ** 2
+
+    best = rounding._step(squares, mean).double()
+    for other in [0.9 * best, 1.1 * best, *(best + 0.05 * torch.eye(4))]:
+        assert cost(best) < cost(other)
+
+
+def test_groups_are_finer_where_bytes_allow():
+    assert quantize.group_sizes([]) == []
+    layer = [(576, 576), (192, 576), (192, 576), (576, 576), (1536, 576), (1536, 576), (576, 1536)]
+    shapes, head = 30 * layer, (49152, 576)  # SmolLM2-135M
+    groups = quantize.group_sizes([*shapes, head], besides=16 * 576 * 4)
+    wide = [group for (_, columns), group in zip(shapes, groups) if columns == 1536]
+    assert wide == 14 * [128] + 16 * [64] and set(groups[6::7]) == {64, 128}
+    assert all(group == 64 for group, (_, columns) in zip(groups, shapes) if columns == 576)
+    total = sum(quantize.nbytes(*shape, group) for shape, group in zip([*shapes, head], groups))
+    numbers = sum(rows * columns for rows, columns in [*shapes, head])
+    assert 0.559 < (total + 16 * 576 * 4) / numbers <= quantize.MOST_BYTES
+    # Nothing where all have 128, or where most need finer ones than the bytes allow.
+    assert set(quantize.group_sizes([(4096, 4096), (14336, 4096), (4096, 14336)])) == {128}
+    assert quantize.group_sizes([(96, 96), (256, 96), (96, 256)]) == [32, 32, 128]
+    # Only the widest: a key's smaller layer stays as its query's, with which it is one product.
+    assert quantize.group_sizes([(512, 512), (64, 512), (512, 1984)]) == [128, 128, 64]
 
 
 def test_that_all_columns_are_alike_changes_nothing():
@@ -124,6 +176,9 @@ def test_bytes_are_those_that_are_stated():
         copy = quantize.quantize(torch.randn(rows, columns))
         assert copy.values.nbytes + copy.scales.nbytes == quantize.nbytes(rows, columns)
         assert quantize.pack(copy.values, copy.group).nbytes == copy.values.nbytes
+    finer = quantize.quantize(torch.randn(80, 384), group=32)
+    assert finer.group == 32
+    assert finer.values.nbytes + finer.scales.nbytes == quantize.nbytes(80, 384, 32)
 
 
 @pytest.mark.gpu

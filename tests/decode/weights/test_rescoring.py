@@ -7,7 +7,7 @@ from torch.nn.functional import linear
 
 import std_decode
 from std_decode.weights import quantize
-from std_decode.weights.moments import input_moments
+from std_decode.weights.moments import TEXTS, TOKENS, input_moments
 from std_decode.weights.rescoring import CLASSES, rescored
 from std_decode.weights.twins import TwinnedLinear
 
@@ -66,13 +66,42 @@ def test_moments_are_those_of_the_inputs(make_case):
     assert torch.equal(torch.random.get_rng_state(), before)
     assert set(found) == set(layers)
     for layer, moments in found.items():
-        assert moments.shape == (layer.in_features,) and (moments > 0).all()
-        assert float(moments.mean()) == pytest.approx(1.0, rel=1e-3)
-    assert int(found[decoder.layers[1].self_attn.q_proj].argmax()) == 5
-    assert int(found[case.model.lm_head].argmax()) == 7
+        assert moments.squares.shape == moments.mean.shape == (layer.in_features,)
+        assert (moments.squares > 0).all()
+        assert float(moments.squares.mean()) == pytest.approx(1.0, rel=1e-3)
+        assert (moments.mean.square() < moments.squares).all()
+    assert int(found[decoder.layers[1].self_attn.q_proj].squares.argmax()) == 5
+    assert int(found[case.model.lm_head].squares.argmax()) == 7
     assert not any(layer._forward_pre_hooks for layer in layers)
     case.model.train()  # dropout would draw
     assert input_moments(case.model, layers) == {}
+
+
+def test_moments_are_of_texts_that_the_model_goes_on_with(make_case):
+    """What a layer is given while the model reads its own tokens back, the first one left out."""
+    model = make_case("llama", 1).model
+    layer, read, given = model.get_decoder().layers[1].mlp.down_proj, [], []
+    hooks = [
+        model.get_input_embeddings().register_forward_pre_hook(
+            lambda _, args: read.append(args[0])
+        ),
+        layer.register_forward_pre_hook(lambda _, args: given.append(args[0])),
+    ]
+    found = input_moments(model, [layer])[layer]
+    ids, ours = torch.cat(read, 1), torch.cat(given[1:]).flatten(0, 1).double()
+    assert ids.shape == (TEXTS, 1 + TOKENS) and len(ours) == TEXTS * TOKENS
+    given.clear()
+    logits = model(ids).logits
+    for hook in hooks:
+        hook.remove()
+    whole = given[0][:, 1:].flatten(0, 1).double()
+    scale = (whole.square().mean() * (1 + 8 / len(whole))).sqrt()
+    assert torch.allclose(found.mean.double(), whole.mean(0) / scale, atol=1e-3)
+    squares = whole.square().mean(0) + 8 / len(whole) * whole.square().mean()
+    assert torch.allclose(found.squares.double(), squares / scale**2, rtol=1e-3)
+    # Tokens that it likes, more than those of its choice at random would be.
+    liked = logits[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None]).mean()
+    assert liked > logits[:, :-1].log_softmax(-1).mean() + 0.5
 
 
 def test_twins_are_rounded_for_what_the_layers_are_given(make_case):
@@ -83,6 +112,6 @@ def test_twins_are_rounded_for_what_the_layers_are_given(make_case):
     moments = input_moments(case.model, [layer])[layer]
     with std_decode.patched(case.model, **PATCH):
         twin = layer._std_decode_twin
-        wanted = quantize.quantize(layer.weight, moments)
+        wanted = quantize.quantize(layer.weight, *moments)
         assert torch.equal(twin.scales, wanted.scales)
         assert not torch.equal(twin.scales, quantize.quantize(layer.weight).scales)
