@@ -39,7 +39,9 @@ each task at the first of --tokens, and with one task, in turn, at the longer on
               transformers' prompt lookup; of a summary of prose, and of a question about a table
               whose answer repeats it. All ways take turns, in an order that is reversed each
               time, and a ratio is the median of the turns' ratios. Only on a machine that does
-              nothing else: 20 minutes of two cores (1,000 to 6,000 tokens)
+              nothing else: 20 to 25 minutes of two cores (1,000 to 6,000 tokens)
+
+The times are estimates, from 0.13 s of a core a pass at 1,000 tokens.
 
 All but the last {UNREAD} tokens of a text are read once, and each way goes on from a copy of that
 cache (but for transformers' prompt lookup, which cannot).
