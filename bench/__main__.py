@@ -15,6 +15,7 @@ COMMANDS = {
     "kernels": "bench.kernels.command",
     "prefill": "bench.prefill",
     "promises": "bench.promises",
+    "quantizing": "bench.quantizing",
     "real": "bench.real.command",
     "report": "bench.report.command",
     "roofline": "bench.roofline.command",
@@ -35,6 +36,7 @@ examples:
   python -m bench kernels --quick --out quick    each op beside its rivals, also on the CPU
   python -m bench prefill                        time to the first token, patched and unpatched
   python -m bench promises                       what passes take under each promise, in bfloat16
+  python -m bench quantizing                     how long 4-bit copies take to make
   python -m bench real --quick                   a pretrained model on real texts
   python -m bench report --check                 do the pages' tables say what the results do?
   python -m bench roofline --model qwen2-vl-7b --gpu h200 --batch 8 --context 25000

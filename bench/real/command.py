@@ -18,6 +18,7 @@ PARTS = ("acceptance", "rounding", "speed")
 SIZES = {"acceptance": [1000, 4000], "rounding": [1000, 4000], "speed": [1000, 2000, 4000, 6000]}
 NEW = {"acceptance": 40, "rounding": 40, "speed": 48}  # tokens of an answer
 UNREAD = 128  # tokens of a prompt that each way reads itself; more than choose the keys of drafts
+COPIES = dict(parts=["acceptance"], tokens=[1000], new=64)
 QUICK = dict(tokens=[300], kinds=["prose", "table"], tasks=["summary"], new=16, turns=1)
 
 _HELP = f"""\
@@ -43,6 +44,9 @@ each task at the first of --tokens, and with one task, in turn, at the longer on
 
 The times are estimates, from 0.13 s of a core a pass at 1,000 tokens.
 
+--copies counts the acceptance of 4-bit copies that read every key alone, in answers of 64 tokens
+about the 12 texts of 1,000: give it an --out of its own.
+
 All but the last {UNREAD} tokens of a text are read once, and each way goes on from a copy of that
 cache (but for transformers' prompt lookup, which cannot).
 
@@ -57,6 +61,7 @@ Exit status: 0, 1 if a part failed or float32 tokens differ, 2 if it cannot run.
 _EXAMPLES = """\
 examples:
   python -m bench real --quick                              a few minutes on one core
+  python -m bench real --copies                             4-bit copies alone, 5 minutes
   python -m bench real --parts acceptance rounding --out bench/results
   python -m bench real --parts speed --out bench/results    nothing else may run
   python -m bench report                                    docs/measured.md has the tables"""
@@ -85,6 +90,8 @@ def add_parser(commands: Any) -> None:
         help="tokens of an answer at most (default 40; of speed 48)")  # fmt: skip
     add("--turns", type=count, default=3, metavar="N", help="each way is timed (default 3)")
     add("--quick", action="store_true", help="two short texts, two ways to draft, one turn")
+    add("--copies", action="store_true",
+        help="only 4-bit copies, every key, the texts of 1,000 tokens")  # fmt: skip
     add(
         "--resume", action="store_true", help="keep what an earlier run into DIR has, add the rest"
     )
@@ -103,8 +110,9 @@ def run(options: argparse.Namespace) -> int:
     if not pretrained.installed():
         print(f"bench real: no pretrained model; {pretrained.INSTALL}", file=sys.stderr)
         return 2
-    if options.quick:
-        vars(options).update(QUICK)
+    for short, meant in ((options.copies, COPIES), (options.quick, QUICK)):
+        if short:
+            vars(options).update(meant)
     good_so_far, console = True, Console(width=None if sys.stdout.isatty() else 160)
     for part in (part for part in PARTS if part in options.parts):
         new = options.new or NEW[part]
@@ -174,6 +182,7 @@ def _of_text(
     where = {"part": part, **dict(zip(("kind", "task", "tokens"), which))}
     had = [record for record in known if where.items() <= record.items()]
     ways = measure.drafting(options.keys, options.gammas, options.quick)
+    ways = ways[-1:] if options.copies else ways
     ways = [way for way in ways if not any(way.items() <= record.items() for record in had)]
     if not ways or (part != "acceptance" and had):
         return

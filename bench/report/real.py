@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from statistics import mean
 
 from bench.environment import in_words
 from bench.records import Record, markdown_table
@@ -64,7 +65,8 @@ def _acceptance(records: list[Record]) -> list[str]:
     kinds = list(dict.fromkeys(record["kind"] for record in records))
     sizes = sorted({record["tokens"] for record in records})
     head = ("drafts read", "drafts a round", "re-selection", *kinds,
-            *(f"{size:,} tokens" for size in sizes), "all", "tokens per dense pass",
+            *(f"{size:,} tokens" for size in sizes), "all", "mean of texts",
+            "tokens per dense pass",
             "identical texts")  # fmt: skip
     ways: dict[tuple, list[Record]] = {}
     for record in records:
@@ -83,6 +85,7 @@ def _acceptance(records: list[Record]) -> list[str]:
             *(_rate([r for r in here if r["kind"] == kind]) for kind in kinds),
             *(_rate([r for r in here if r["tokens"] == size]) for size in sizes),
             _rate(here),
+            f"{mean(r['accepted'] / max(1, r['drafted']) for r in here):.0%}",
             f"{steps / max(1, passes):.2f}",
             f"{same} of {len(here)}{'' if same == len(here) else ': A BUG'}",
         ])  # fmt: skip

@@ -80,6 +80,17 @@ def test_every_part_and_what_is_kept_of_an_earlier_run(bench, capsys):
     assert "every key, 4-bit weights" in capsys.readouterr().out
 
 
+def test_copies_alone(bench):
+    status, (about, *found) = bench("--copies")
+    assert status == 0 and [record["kind"] for record in found] == ["prose", "table"]
+    for record in found:
+        assert record["part"] == "acceptance" and record["identical"]
+        assert (record["draft_weights"], record["top_k_keys"]) == ("int4", measure.EVERY)
+    rates = [record["accepted"] / record["drafted"] for record in found]
+    (row,) = (line for line in tables(about, found) if line.startswith("| every key"))
+    assert f" {sum(rates) / 2:.0%} " in row.split("|")[-4]
+
+
 def test_parts_may_be_of_different_commits(bench, monkeypatch, tmp_path):
     plain, ways = environment.environment, {"unpatched": None, "auto": dict(draft_length="auto")}
     monkeypatch.setattr(measure, "timed_ways", lambda: ways)
