@@ -1,10 +1,13 @@
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import std_kernels as sk
-from std_kernels import reference
+from std_kernels import _packed, reference
 
 INF, NAN = float("inf"), float("nan")
 SINKS = torch.tensor([0.5, -1.0, 3.0, 0.0, 2.0, -4.0, 1.0, 6.0])
@@ -179,3 +182,34 @@ def test_all_keys_listed_is_dense(make_cache, assert_accurate, T, options):
     }
     for got, plain, exact in zip((out, lse), dense[torch.float32], dense[torch.float64]):
         assert_accurate(got, exact, plain, floor=4e-6)
+
+
+def case(make_cache, seed, K=12):
+    cache = make_cache([50], T=1)
+    cache.query = cache.query + seed
+    indices, tail_start = select(cache, [40], K, seed=seed)
+    return cache.query, cache.key, cache.value, indices, tail_start, cache.kv_len
+
+
+@pytest.mark.parametrize("most", [1 << 26, 0], ids=["held", "new"])
+def test_memory_that_calls_share_shows_nowhere(make_cache, monkeypatch, most):
+    """What rows are gathered into is used again: by other shapes, types, modes and threads."""
+    monkeypatch.setattr(_packed, "_MOST_HELD", most)
+    monkeypatch.setattr(_packed, "_scratch", _packed._Scratch())
+    calls = [case(make_cache, seed, K) for seed, K in enumerate((12, 30, 3, 12))]
+    calls.append(tuple(x.to(torch.bfloat16) if x.is_floating_point() else x for x in calls[0]))
+    expected = [reference.sparse_attention(*args)[0] for args in calls]
+    with torch.inference_mode():  # whose tensors could not be written to afterwards
+        sk.sparse_attention(*calls[0])
+    got = [sk.sparse_attention(*args)[0] for args in calls]
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            many = list(pool.map(lambda args: sk.sparse_attention(*args)[0], 100 * calls))
+    finally:
+        sys.setswitchinterval(interval)
+    for out, exact in zip(got + many, 101 * expected):
+        accuracy = 2e-2 if out.dtype == torch.bfloat16 else 1e-5
+        torch.testing.assert_close(out.double(), exact.double(), rtol=accuracy, atol=accuracy)
+    assert bool(_packed._scratch.held) == (most > 0)
