@@ -30,6 +30,12 @@ class Link:
         shape = (*like.shape[:2], tokens, like.shape[3])
         return torch.empty(shape, dtype=like.dtype, pin_memory=like.device.type == "cuda")
 
+    @staticmethod
+    def host_bytes(like: Tensor, tokens: int) -> int:
+        """What `host_room` may take: PyTorch rounds pinned memory up to a power of two."""
+        count = like[:, :, :1].nbytes * tokens
+        return 1 << (count - 1).bit_length() if like.device.type == "cuda" else count
+
     def store(self, source: Tensor, target: Tensor) -> None:
         """Begin copying tokens to the host, in the order of what the device computes."""
         for one, other in zip(source.flatten(0, 1), target.flatten(0, 1)):

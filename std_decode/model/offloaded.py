@@ -57,7 +57,7 @@ class OffloadedLayer(BufferLayer):
         """Make room on the host for a prompt of so many tokens."""
         layers = self.owner.offloaded
         if self is layers[0]:
-            need = len(layers) * tokens * sum(x[:, :, :1].nbytes for x in like)
+            need = len(layers) * sum(self.owner.link.host_bytes(x, tokens) for x in like)
             free = free_memory(torch.device("cpu"))
             if need > free:
                 raise MemoryError(

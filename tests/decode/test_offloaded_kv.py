@@ -11,6 +11,7 @@ from tests.decode.families import base
 from tests.decode.model.test_holes import riddled
 from tests.decode.test_second_question import ask_twice, conversation, same_cache
 
+pytestmark = pytest.mark.eager  # what is offloaded is never captured
 PATCH = dict(draft_length=4, top_k_keys=6)
 OFFLOADED = dict(PATCH, kv_cache="offloaded")
 EVERY_KEY = 10_000

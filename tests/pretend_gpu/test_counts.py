@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from transformers import DynamicCache
 
 import std_decode
 from std_decode.passes import pool
@@ -88,6 +89,25 @@ def test_offloaded_keys_come_without_a_wait(on_gpu, rows):
     assert rounds == 6 and waits == rounds and others == 0, (ledger.syncs, ledger.copies)
     layers, heads = base.TEXT["num_hidden_layers"], base.TEXT["num_key_value_heads"]
     assert copies == rounds * layers * 2 * rows * heads
+
+
+def test_an_offloaded_cache_is_left_as_transformers_leaves_it(on_gpu):
+    """On the host, but for a layer that is where it was needed last; each knows where it goes."""
+    case = on_gpu("llama")
+    ids, cache = case.inputs["input_ids"], DynamicCache(offloading=True)
+    first = case.generate(past_key_values=cache, max_new_tokens=11)
+    more = torch.cat([first, ids[:, 3:9]], dim=1)
+    case.inputs = dict(input_ids=more, attention_mask=torch.ones_like(more))
+    expected = case.generate(max_new_tokens=11)
+    assert {layer.keys.device.type for layer in cache.layers} == {"cpu"}
+    assert {layer.device.type for layer in cache.layers} == {"cuda"}
+    cache.layers[1].prefetch()
+    assert cache.layers[1].keys.device.type == "cuda"
+    assert torch.equal(case.generate(past_key_values=cache, max_new_tokens=11), expected)
+    stats = std_decode.last_stats(case.model)
+    assert stats.reused_tokens > 0 < stats.host_kv_bytes and stats.fallback is None
+    assert {layer.keys.device.type for layer in cache.layers} == {"cpu"}
+    assert {layer.values.shape[2] for layer in cache.layers} == {more.shape[1] + 10}
 
 
 @pytest.mark.parametrize("rows", [1, 2])
