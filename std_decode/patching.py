@@ -106,7 +106,7 @@ def patch(
         draft_weights: what drafts read of the text decoder's linear layers and the LM head: None,
             the model's own weights; "int4", 4-bit copies in groups of 128 that are made here and
             take 0.53 bytes a weight until `unpatch` (0.56 where sizes ask for groups of 64);
-            "auto", copies where the cost model expects a gain, supposing that 90% of the drafts
+            "auto", copies where the cost model expects a gain, supposing that 80% of the drafts
             agree, and they take at most half of the free memory; how many do agree, `last_stats`
             says. Verification is dense either way.
             A layer that cannot have a copy keeps its weights; `last_stats` counts and says why.

@@ -523,7 +523,7 @@ def test_auto_does_not_stay_with_the_acceptance_it_supposed(make_case, monkeypat
             told.append(std_decode.last_stats(case.model).draft_weights_because)
             agreed, predicted = policy.agreed, case.model._std_decode.draft_weights.predicted
     four = told[0]
-    assert "if 90% of the drafts agree)" in four
+    assert "if 80% of the drafts agree)" in four
     share = re.search(
         r"measured: (\d+)% of ([\d,]+) drafts agree, at which (.*)x is predicted", four
     )
@@ -547,7 +547,7 @@ def test_auto_predicts_what_the_roofline_does(monkeypatch):
     monkeypatch.setattr(draft_weights, "free_memory", lambda device: 20e9)
     gains, because = draft_weights.decide(model, Twins(model), 1024)
     cell = Cell(shape, GPUS["h200"].device, 1, 1, 25_000, 1024)
-    own, four_bit = (cell.drafting(kind, 0.9).speedup for kind in (False, True))
+    own, four_bit = (cell.drafting(kind, 0.8).speedup for kind in (False, True))
     assert gains
     assert f"predicted {four_bit:.2f}x with 4-bit drafts, {own:.2f}x with the mod" in because
     monkeypatch.setattr(draft_weights, "free_memory", lambda device: 6e9)
@@ -579,11 +579,11 @@ def test_auto_goes_by_what_is_expected_of_a_gpu(qwen_on):
     h200 = GPUS["h200"].device
     cell = Cell(SHAPES["qwen2-vl-7b"], h200, 1, 1, 25_000, 1024)
     own, four_bit = (
-        max(expected.drafting(cell, kind, 0.9, n).speedup for n in range(1, 17))
+        max(expected.drafting(cell, kind, 0.8, n).speedup for n in range(1, 17))
         for kind in (False, True)
     )
     gains, because = qwen_on(h200)
-    assert gains and 1.4 < four_bit < cell.drafting(True, 0.9).speedup
+    assert gains and 1.2 < four_bit < cell.drafting(True, 0.8).speedup
     assert f"predicted {four_bit:.2f}x with 4-bit drafts, {own:.2f}x with the mod" in because
     # So slow at unpacking that 4-bit weights take longer than whole ones: bytes would not tell.
     gains, because = qwen_on(replace(h200, cycles=h200.cycles / 4))
