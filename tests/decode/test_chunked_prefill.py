@@ -12,15 +12,18 @@ from tests.decode.test_second_question import ask_twice, same_cache
 PATCH = dict(draft_length=4, top_k_keys=6)
 # Until 5.23 transformers cuts 3D positions by the batch, and begins with an empty cache.
 NEW = pytest.mark.skipif(CACHE != "cache", reason="transformers itself reads other tokens")
-FAMILIES = (pytest.param("qwen2_vl", marks=NEW), "llama", "gemma3", "qwen3_next")
+SLOW = pytest.mark.slow
 
 
 def passes(case, chunk):
     return -(-case.inputs["input_ids"].shape[1] // chunk)
 
 
-@pytest.mark.parametrize(("rows", "chunk"), [(1, 32), (3, 7)])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "rows", "chunk"), [
+    pytest.param("qwen2_vl", 3, 32, marks=NEW), ("gemma3", 3, 7), ("qwen3_next", 1, 7),
+    pytest.param("qwen2_vl", 1, 7, marks=(NEW, SLOW)), pytest.param("llama", 3, 7, marks=SLOW),
+    pytest.param("gemma3", 1, 32, marks=SLOW), pytest.param("qwen3_next", 3, 32, marks=SLOW),
+])  # fmt: skip
 def test_same_tokens_as_unpatched(make_case, family, rows, chunk):
     for do_sample in (False, True):
         options = dict(prefill_chunk_size=chunk, do_sample=do_sample)
@@ -50,9 +53,7 @@ def selected(case, monkeypatch, **options):
     return found[0]
 
 
-@pytest.mark.parametrize("holes", [False, True])
-@pytest.mark.parametrize("rows", [1, 3])
-@pytest.mark.parametrize("chunk", [5, 89])
+@pytest.mark.parametrize(("rows", "chunk", "holes"), [(1, 5, False), (3, 89, False), (3, 5, True)])
 def test_the_selection_is_that_of_a_prompt_read_at_once(
     make_case, monkeypatch, rows, chunk, holes
 ):
@@ -68,8 +69,11 @@ def test_the_selection_is_that_of_a_prompt_read_at_once(
         assert torch.equal(indices, chosen)
 
 
-@pytest.mark.parametrize("given", ["everything", "new tokens"])
-@pytest.mark.parametrize("family", FAMILIES[:2])
+@pytest.mark.parametrize(("family", "given"), [
+    pytest.param("qwen2_vl", "everything", marks=NEW), ("llama", "new tokens"),
+    pytest.param("llama", "everything", marks=SLOW),
+    pytest.param("qwen2_vl", "new tokens", marks=(NEW, SLOW)),
+])  # fmt: skip
 def test_a_second_question(make_case, family, given):
     """The seven tokens that are new come in three passes."""
     case = make_case(family, 3, rows=3, eos=True)

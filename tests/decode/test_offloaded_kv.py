@@ -13,6 +13,7 @@ from tests.decode.test_second_question import ask_twice, conversation, same_cach
 
 pytestmark = pytest.mark.eager  # what is offloaded is never captured
 PATCH = dict(draft_length=4, top_k_keys=6)
+SLOW = pytest.mark.slow
 OFFLOADED = dict(PATCH, kv_cache="offloaded")
 EVERY_KEY = 10_000
 FAMILIES = ("llama", "qwen2_vl", "llava_onevision", "qwen3", "qwen3_5")
@@ -26,11 +27,8 @@ def generated(case, patch, **options):
     return told, stats
 
 
-SLOW = pytest.mark.slow
-
-
 @pytest.mark.parametrize(("rows", "do_sample"), [
-    (1, False), (3, True), pytest.param(1, True, marks=SLOW), pytest.param(3, False, marks=SLOW),
+    (3, True), *(pytest.param(*x, marks=SLOW) for x in ((1, False), (1, True), (3, False))),
 ])  # fmt: skip
 @pytest.mark.parametrize("family", FAMILIES)
 def test_same_tokens_as_unpatched(make_case, family, rows, do_sample):
@@ -45,8 +43,10 @@ def test_same_tokens_as_unpatched(make_case, family, rows, do_sample):
     assert stats.eager_because == "keys and values are offloaded"
 
 
-@pytest.mark.parametrize("promise", [True, "unpatched"])
-@pytest.mark.parametrize("family", ["llama", "qwen2_vl"])
+@pytest.mark.parametrize(("family", "promise"), [
+    ("llama", True), ("qwen2_vl", "unpatched"),
+    pytest.param("qwen2_vl", True, marks=SLOW), pytest.param("llama", "unpatched", marks=SLOW),
+])  # fmt: skip
 def test_the_bits_of_every_logit(make_case, family, promise):
     """Of the unpatched model, or of the passes that a reproducible call is made of."""
     case = make_case(family, 2, return_dict_in_generate=True, output_logits=True)
@@ -102,7 +102,7 @@ def test_buffers_grow(make_case, monkeypatch):
     monkeypatch.setattr("std_decode.model.cache.BUCKET", 16)
     monkeypatch.setattr("std_decode.generation.MOST_NEW_TOKENS", 4)
     monkeypatch.setattr("std_decode.rounds.rows.MOST_NEW_TOKENS", 4)
-    case = make_case("llama", 1, rows=2, max_new_tokens=80)
+    case = make_case("llama", 1, rows=2, max_new_tokens=40)
     expected = case.generate()
     got, stats = generated(case, OFFLOADED)
     case.assert_same_tokens(expected, got)
@@ -110,7 +110,8 @@ def test_buffers_grow(make_case, monkeypatch):
 
 
 @pytest.mark.parametrize(("family", "rows", "given"), [
-    ("llama", 1, "everything"), ("qwen2_vl", 3, "new tokens"), ("qwen3_5", 1, "new tokens"),
+    ("qwen2_vl", 3, "new tokens"), pytest.param("llama", 1, "everything", marks=SLOW),
+    pytest.param("qwen3_5", 1, "new tokens", marks=SLOW),
 ])  # fmt: skip
 def test_a_second_question(make_case, family, rows, given):
     case = make_case(family, 3, rows, eos=rows > 1)
