@@ -47,14 +47,20 @@ class _Sums:
         )  # fmt: skip
 
 
-def input_moments(model: Any, layers: list[nn.Linear]) -> dict[nn.Module, Moments]:
+def input_moments(
+    model: Any, layers: list[nn.Linear], device: torch.device | None = None
+) -> dict[nn.Module, Moments]:
     """Moments of what `layers` are given while the model writes `TEXTS` texts.
 
     A layer that is given nothing is missing. Dropout would draw random numbers, so there are none
     of a model in training; torch's own random numbers stay as they are.
+
+    Args:
+        device: of the tokens; None: the embedding's.
     """
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings()
-    if model.training or embedding.device.type == "meta" or head is None:
+    device = embedding.device if device is None else device
+    if model.training or device.type == "meta" or head is None:
         return {}
     config = model.get_decoder().config
     longest = getattr(config.get_text_config(), "max_position_embeddings", None) or 1 + TOKENS
@@ -67,7 +73,7 @@ def input_moments(model: Any, layers: list[nn.Linear]) -> dict[nn.Module, Moment
             if step == 1:  # a text's first token has states like no other's
                 for layer in layers:
                     stack.callback(layer.register_forward_pre_hook(sums.note).remove)
-            logits = head(_states(model, ids.to(embedding.device), step, cache))
+            logits = head(_states(model, ids.to(device), step, cache))
             # Sampled by a race, which needs no sum and goes through where numbers are not finite.
             chances = logits[:, -1].float().softmax(-1).cpu()
             race = torch.empty_like(chances).exponential_(generator=draw)

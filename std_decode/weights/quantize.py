@@ -85,8 +85,12 @@ def no_kernel(device: torch.device) -> str | None:
     return None if device.type == "cpu" else f"there is no 4-bit matmul on {device.type}"
 
 
-def refusal(weight: Tensor) -> str | None:
-    """Why a weight ``[N, K]`` cannot have a 4-bit copy, or None."""
+def refusal(weight: Tensor, device: torch.device | None = None) -> str | None:
+    """Why a weight ``[N, K]`` cannot have a 4-bit copy, or None.
+
+    Args:
+        device: of the copy; None: the weight's.
+    """
     if type(weight.data) not in PLAIN:
         return f"a weight of type {type(weight.data).__name__}"
     if weight.dtype not in FLOATS:
@@ -94,7 +98,7 @@ def refusal(weight: Tensor) -> str | None:
     rows, columns = weight.shape
     if rows % ROWS or group_size(columns) is None:
         return f"[{rows}, {columns}], where the kernel takes multiples of [{ROWS}, {GROUPS[-1]}]"
-    return no_kernel(weight.device)
+    return no_kernel(weight.device if device is None else device)
 
 
 def nbytes(rows: int, columns: int, group: int | None = None) -> int:
