@@ -24,10 +24,17 @@ from std_decode.model.switch import forget_passes
 from std_decode.passes.pool import Engines
 from std_decode.rounds.lookup_length import COMPILED_LOOKUP_LENGTHS, LOOKUP_LENGTHS
 from std_decode.rounds.loop import Decoding
-from std_decode.rounds.policy import COMPILED_LENGTHS, LENGTHS, FixedLength, Policy
+from std_decode.rounds.policy import (
+    COMPILED_LENGTHS,
+    LENGTHS,
+    OFFLOADED_LENGTHS,
+    FixedLength,
+    Policy,
+)
 from std_decode.rounds.tensor_parallel import own_file
 from std_decode.stats import DecodeStats
 from std_decode.weights import draft_weights as weights
+from std_decode.weights.offloaded import is_offloaded
 from std_decode.weights.products import Products
 from std_decode.weights.twins import linear_layers
 
@@ -94,7 +101,8 @@ def patch(
             layer and KV head, at least 1. The text around the video is read besides.
         draft_length: tokens drafted a round (gamma), 0 to 63; 0 decodes densely. "auto" chooses
             for each round, by what passes have taken and how many drafts were accepted: none where
-            drafting does not pay. The first steps of the first call are dense, to be timed.
+            drafting does not pay, up to 63 where weights are offloaded, else up to 32. The first
+            steps of the first call are dense, to be timed.
         prompt_lookup: whether a round may draft what followed the newest tokens where they stood
             before, in the row's prompt or answer, instead of what sparse attention says. Such
             drafts cost no passes of their own. "auto": where `draft_length` is "auto", whenever
@@ -109,6 +117,8 @@ def patch(
             "auto", copies where the cost model expects a gain, supposing that 80% of the drafts
             agree, and they take at most half of the free memory; how many do agree, `last_stats`
             says. Verification is dense either way.
+            Of weights that accelerate offloads (``device_map``) drafts read copies on the device,
+            and fetch nothing.
             A layer that cannot have a copy keeps its weights; `last_stats` counts and says why.
         draft_weights_cache: a file to keep the copies in, so that they need not be made again; a
             file of other weights' copies is replaced. Processes that share the model by tensor
@@ -154,6 +164,7 @@ def patch(
             the model cannot have what `reproducible` or `kv_cache` asks for.
         RuntimeError: `model` is patched already.
         MemoryError: the 4-bit copies do not fit; the message has the numbers.
+        OSError: `draft_weights_cache` cannot be written.
 
     Note:
         Runs six forward passes of a few tokens, to see that the model's attention is what its
@@ -185,7 +196,8 @@ def patch(
     products = Products(() if compile else (layer for _, layer in linear_layers(target)))
     try:
         fused.attach()  # before the copies are made, which know weights by where they are
-        policy = _policy(draft_length, prompt_lookup, compile)
+        fetching = draft_weights is not None and is_offloaded(target)
+        policy = _policy(draft_length, prompt_lookup, compile, fetching)
         promises = _promises(target, tried, reproducible, policy, fused)
         kept_in = draft_weights_cache and own_file(target, Path(draft_weights_cache))
         drafting = weights.prepare(target, draft_weights, kept_in, top_k_keys, compile)
@@ -312,11 +324,16 @@ def _promises(
 
 
 def _policy(
-    draft_length: int | Literal["auto"], lookup: Literal["auto"] | bool, compiles: bool
+    draft_length: int | Literal["auto"],
+    lookup: Literal["auto"] | bool,
+    compiles: bool,
+    offloaded: bool,
 ) -> Policy | FixedLength:
     if draft_length != "auto" and not (draft_length == 0 and lookup is True):
         return FixedLength(draft_length, looks_up=lookup is True)
-    lengths = COMPILED_LENGTHS if compiles else LENGTHS
+    compiles = compiles and not offloaded  # such passes are not captured, hence not compiled
+    usual = OFFLOADED_LENGTHS if offloaded else LENGTHS
+    lengths = COMPILED_LENGTHS if compiles else usual
     looked_up = COMPILED_LOOKUP_LENGTHS if compiles else LOOKUP_LENGTHS
     return Policy(lengths if draft_length else (), looked_up if lookup else ())
 

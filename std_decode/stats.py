@@ -44,7 +44,8 @@ class DecodeStats:
         draft_weights: "int4": drafts read 4-bit twins; None: the model's own weights.
         draft_weights_because: why so, or why some layers keep their weights; None where it is
             what was asked for.
-        draft_weight_bytes: memory that the twins take, beside the model's weights.
+        draft_weight_bytes: memory that the twins take, beside the model's weights, and whatever
+            else is kept for drafts of offloaded ones.
         twinned_layers, kept_layers: linear layers with a twin, and without.
         fused_layers: decoder layers whose decoding passes are one kernel between products.
         fused_layers_because: why no or not all layers are, or None.

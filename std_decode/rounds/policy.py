@@ -21,6 +21,8 @@ from std_decode.rounds.lookup_length import LOOKUP_LENGTHS, LookupLength
 # The draft lengths that are tried. Each is a shape of its own to capture, and the best of these is
 # never far behind the best of all.
 LENGTHS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
+# Where a dense step fetches its weights, which may take as long as a hundred drafts.
+OFFLOADED_LENGTHS = (*LENGTHS, 48, 63)
 # Where each shape is compiled as well, which takes a minute or so, two have to do. By what is
 # expected (costs/expected.py) of 7B models on H200, H100 and A100, batches of 1 to 32 and contexts
 # of 25k to 131k, 0.5 to 0.95 of the drafts accepted, the better one comes to 98% of the speed of

@@ -20,7 +20,7 @@ from std_decode.costs.hardware import H100, gpu
 from std_decode.costs.memory import free_memory, gigabytes
 from std_decode.costs.workload import Device, Workload, expected_tokens
 from std_decode.stats import DecodeStats
-from std_decode.weights import twin_cache
+from std_decode.weights import room, twin_cache
 from std_decode.weights.twins import Twins, local
 
 # "auto" has to decide before any prompt is seen, so it goes by one that people patch for, and by
@@ -150,8 +150,10 @@ def prepare(
         gains, because = decide(model, twins, top_k_keys)
         if not gains:
             return DraftWeights(because=because)
-        most_rows = MOST_ROWS[twins.twins[0].weight.device.type]
-        predicted = partial(best_speedup, workload_of(model, top_k_keys, twins), held_by(twins))
+        if not twins.offload.found:  # else no number of rows makes up for what is fetched
+            most_rows = MOST_ROWS[twins.twins[0].device.type]
+            workload = workload_of(model, top_k_keys, twins)
+            predicted = partial(best_speedup, workload, held_by(twins))
     if cache is None:
         twins.make(model)
     else:
@@ -164,6 +166,10 @@ def decide(model: Any, twins: Twins, top_k_keys: int) -> tuple[bool, str]:
     take on the GPU that holds them, elsewhere by their bytes alone."""
     if twins.missing:
         return False, f"auto: {twins.missing}"
+    fetched = twins.offload.fetched_bytes
+    if fetched:  # whatever the link, it is slower than memory
+        because = f"auto: a dense pass fetches {gigabytes(fetched)} of offloaded weights"
+        return _fits(twins) or (True, because)
     workload = workload_of(model, top_k_keys, twins)
     if workload.weight_bytes < CACHED:
         size = f"{workload.weight_bytes / 2**20:.1f} MiB"
@@ -173,22 +179,27 @@ def decide(model: Any, twins: Twins, top_k_keys: int) -> tuple[bool, str]:
     four_bit = best_speedup(workload, device)
     where = f"{workload.context} tokens, batch 1, if {ACCEPTANCE:.0%} of the drafts agree"
     predicted = f"{four_bit:.2f}x with 4-bit drafts, {own:.2f}x with the model's weights ({where})"
+    because = f"auto: predicted {predicted}"
     if four_bit < LEAST_GAIN * max(1.0, own):
-        return False, f"auto: predicted {predicted}"
-    for device in {twin.weight.device for twin in twins.twins}:
-        there = [twin for twin in twins.twins if twin.weight.device == device]
-        needed, free = sum(twin.planned_bytes for twin in there), free_memory(device)
-        if needed > MOST_SHARE * free:
+        return False, because
+    return _fits(twins) or (True, because)
+
+
+def _fits(twins: Twins) -> tuple[bool, str] | None:
+    """None where the twins leave enough memory, else that they do not and why."""
+    for device, _, copies, beside, _ in room.needed(twins.twins, twins.beside()):
+        free = free_memory(device)
+        if copies + beside > MOST_SHARE * free:
             return False, (
-                f"auto: 4-bit weights take {gigabytes(needed)}, more than {MOST_SHARE:.0%} of the "
-                f"{gigabytes(free)} free on {device}"
+                f"auto: 4-bit weights take {gigabytes(copies + beside)}, more than "
+                f"{MOST_SHARE:.0%} of the {gigabytes(free)} free on {device}"
             )
-    return True, f"auto: predicted {predicted}"
+    return None
 
 
 def held_by(twins: Twins) -> Device | None:
     """The GPU that reads the twins."""
-    device = twins.twins[0].weight.device
+    device = twins.twins[0].device
     return gpu(device) if device.type == "cuda" else None
 
 

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from threading import RLock
+from types import MethodType
 from typing import Any
 
 import torch
@@ -22,11 +23,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from std_decode.costs.memory import free_memory, gigabytes
 from std_decode.model.running_pass import running_pass
-from std_decode.weights import quantize
+from std_decode.weights import quantize, room
 from std_decode.weights.joint import Joint
 from std_decode.weights.moments import Moments, input_moments
+from std_decode.weights.offloaded import Offload, Offloaded
 from std_decode.weights.products import PassLinear
 from std_decode.weights.rescoring import CLASSES, rescored
 
@@ -50,6 +51,7 @@ class TwinnedLinear(PassLinear):
 
 
 PLAIN_LAYERS = (nn.Linear, PassLinear, TwinnedLinear)
+_FORWARDS = tuple(kind.forward for kind in PLAIN_LAYERS)
 
 
 class _Recognised(TorchFunctionMode):
@@ -105,6 +107,20 @@ class Twin:
         return rows, columns
 
     @property
+    def offloaded(self) -> Offloaded | None:
+        return self.owner.offload.of(self.layer)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the layer computes."""
+        return self.weight.device if self.offloaded is None else self.offloaded.device
+
+    def whole(self) -> Tensor:
+        """The layer's weights, brought in where they are offloaded."""
+        offloaded = self.offloaded
+        return self.weight if offloaded is None else offloaded.fetched(["weight"])["weight"]
+
+    @property
     def planned_bytes(self) -> int:
         return quantize.nbytes(*self.shape, self.group)
 
@@ -115,10 +131,13 @@ class Twin:
     def multiply(self, input: Tensor, bias: Tensor | None) -> Tensor:
         """What a draft has for ``F.linear`` with the layer's weights."""
         product = quantize.linear(input, self.packed, self.scales, bias)
-        return rescored(product, input, self.weight, bias) if self.head else product
+        if not self.head:
+            return product
+        own = self.weight if self.offloaded is None else self.offloaded.rows
+        return rescored(product, input, own, bias)
 
     def take(self, quantized: quantize.Quantized) -> None:
-        values, scales = (part.to(self.weight.device) for part in quantized)
+        values, scales = (part.to(self.device) for part in quantized)
         known = self.packed
         if (
             known is None
@@ -150,6 +169,7 @@ class Twins:
 
     Attributes:
         twins: of the layers that can have one.
+        offload: what of the model accelerate brings in for each pass.
         kept: why other layers keep their weights, by name.
         missing: why there are none although there should be, or None.
     """
@@ -160,13 +180,14 @@ class Twins:
         self.kept: dict[str, str] = {}
         self.joints: list[Joint] = []
         self.missing: str | None = None
+        self.offload = Offload(self)
+        self.offload.follow(model)
         output = model.get_output_embeddings()
         heads = set() if output is None else {*output.modules()}
         for name, layer in linear_layers(model):
             reason = self._refusal(layer)
             if reason is None:
-                wrapped = "forward" in vars(layer)
-                self.twins.append(Twin(name, layer, self, wrapped, layer in heads))
+                self.twins.append(Twin(name, layer, self, _is_replaced(layer), layer in heads))
             else:
                 self.kept[name] = reason
         self._choose_groups()
@@ -186,8 +207,8 @@ class Twins:
 
     @property
     def nbytes(self) -> int:
-        """What the twins that there are take."""
-        return sum(twin.nbytes for twin in self.twins)
+        """What the twins that there are take, and what else drafts read of offloaded weights."""
+        return sum(twin.nbytes for twin in self.twins) + self.offload.nbytes
 
     @property
     def count(self) -> int:
@@ -202,11 +223,15 @@ class Twins:
             if not twin.wrapped:
                 twin.layer._std_decode_twin = twin
                 twin.layer.__class__ = TwinnedLinear
+                _bind(twin.layer, TwinnedLinear.forward)
+        self.offload.attach()
 
     def detach(self) -> None:
+        self.offload.detach()
         for twin in self.twins:
             if vars(twin.layer).get("_std_decode_twin") is twin:  # attach may have failed before
                 twin.layer.__class__ = nn.Linear
+                _bind(twin.layer, nn.Linear.forward)
                 del twin.layer._std_decode_twin
             twin.drop()
 
@@ -218,7 +243,9 @@ class Twins:
             return "a layer shared with another patched model, which has its twin"
         if self.compiles and "forward" in vars(layer):
             return "a replaced forward, which compile=True does not go with"
-        return quantize.refusal(local(layer.weight))
+        offloaded = self.offload.of(layer)
+        device = None if offloaded is None else offloaded.device
+        return quantize.refusal(local(layer.weight), device)
 
     def reading(self) -> AbstractContextManager[Any]:
         """What a draft runs in, so that wrapped layers read their twins."""
@@ -257,11 +284,10 @@ class Twins:
         """
         # In inference mode tensors would be made that cannot be written to outside of it.
         with _making, torch.inference_mode(False), torch.no_grad():
+            self.offload.follow(model)
             adapters = _merged_adapters(model)
-            now = {twin: _made_of(twin.layer, adapters) for twin in self.twins}
+            now = {twin: _made_of(twin, adapters) for twin in self.twins}
             stale = [twin for twin in self.twins if twin.made_of != now[twin]]
-            if not stale:
-                return
             for twin in stale:
                 self.kept.pop(twin.name, None)
                 reason = self._refusal(twin.layer)
@@ -269,7 +295,11 @@ class Twins:
                     twin.drop()
                     self.kept[twin.name] = reason
             stale = [twin for twin in stale if twin.name not in self.kept]
-            _check_memory([twin for twin in stale if twin.packed is None])
+            beside = self.beside()
+            if not stale and not beside:
+                return
+            room.check([twin for twin in stale if twin.packed is None], beside)
+            self.offload.make(beside)
             moments: dict[nn.Module, Moments] | None = None
             for twin in _with_progress(stale):
                 quantized = read(twin.name)
@@ -277,16 +307,26 @@ class Twins:
                     if moments is None:
                         moments = self._moments(model)
                     squares, mean = moments.get(twin.layer) or (None, None)
-                    quantized = quantize.quantize(twin.weight, squares, mean, twin.group)
+                    quantized = quantize.quantize(twin.whole(), squares, mean, twin.group)
                     keep(twin.name, quantized)
                 twin.take(quantized)
                 twin.made_of = now[twin]
+
+    def beside(self) -> list[Offloaded]:
+        """What drafts read of offloaded weights beside twins, and is missing or out of date."""
+        twins = [twin for twin in self.twins if twin.name not in self.kept]
+        if not twins:
+            return []
+        heads = {twin.layer for twin in twins if twin.head}
+        return self.offload.expect({twin.layer for twin in twins}, heads)
 
     def _moments(self, model: Any) -> dict[nn.Module, Moments]:
         # Replaced forwards may be of ranks that share the model, and not all may come here.
         if any(twin.wrapped for twin in self.twins):
             return {}
-        return input_moments(model, [twin.layer for twin in self.twins])
+        embedding = self.offload.of(model.get_input_embeddings())
+        device = None if embedding is None else embedding.device
+        return input_moments(model, [twin.layer for twin in self.twins], device)
 
     def refresh(self, model: Any) -> Twins | None:
         """Have the twins follow the model's weights. None where there are none to draft with.
@@ -300,6 +340,7 @@ class Twins:
         except (MemoryError, torch.OutOfMemoryError) as error:
             for twin in self.twins:
                 twin.drop()
+            self.offload.drop()
             self.missing = str(error).partition("\n")[0]
         return None if self.missing else self
 
@@ -323,13 +364,32 @@ def local(weight: Tensor) -> Tensor:
     return weight.to_local() if hasattr(weight, "to_local") else weight  # a DTensor
 
 
-def _made_of(layer: nn.Linear, adapters: dict[nn.Module, tuple]) -> tuple:
+def _is_replaced(layer: nn.Linear) -> bool:
+    """Whether somebody's function stands for its forward, and be it beneath accelerate's."""
+    own = vars(layer).get("forward")
+    if getattr(getattr(own, "func", None), "__module__", None) == "accelerate.hooks":
+        own = vars(layer).get("_old_forward")
+        return getattr(own, "__func__", None) not in _FORWARDS
+    return own is not None
+
+
+def _bind(layer: nn.Linear, forward: Callable[..., Tensor]) -> None:
+    """Have `forward` be what accelerate calls, which has the method of the class before."""
+    for name in ("_old_forward", "forward"):  # the latter once its hook has been removed
+        bound = vars(layer).get(name)
+        if getattr(bound, "__func__", None) in _FORWARDS:
+            setattr(layer, name, MethodType(forward, layer))
+
+
+def _made_of(twin: Twin, adapters: dict[nn.Module, tuple]) -> tuple:
     """What changes when a layer's weights do, as far as that can be seen without reading them."""
-    weight = local(layer.weight)
+    if twin.offloaded is not None:
+        return *twin.offloaded.origin("weight"), twin.device, adapters.get(twin.layer)
+    weight = twin.weight
     plain = type(weight.data) is Tensor
-    where = weight.data_ptr() if plain else id(layer.weight)
+    where = weight.data_ptr() if plain else id(twin.layer.weight)
     version = 0 if weight.is_inference() else weight._version
-    return where, weight.device, weight.dtype, version, adapters.get(layer)
+    return where, weight.device, weight.dtype, version, adapters.get(twin.layer)
 
 
 def _merged_adapters(model: nn.Module) -> dict[nn.Module, tuple]:
@@ -339,20 +399,6 @@ def _merged_adapters(model: nn.Module) -> dict[nn.Module, tuple]:
         for module in model.modules()
         if hasattr(module, "merged_adapters") and hasattr(module, "base_layer")
     }
-
-
-def _check_memory(twins: list[Twin]) -> None:
-    for device in {twin.weight.device for twin in twins}:
-        there = [twin for twin in twins if twin.weight.device == device]
-        needed = sum(twin.planned_bytes for twin in there)
-        meanwhile = max(quantize.temporary_bytes(*twin.shape, twin.group) for twin in there)
-        free = free_memory(device)
-        if needed + meanwhile > free:
-            raise MemoryError(
-                f"draft_weights: 4-bit weights of {len(there)} layers take {gigabytes(needed)}, "
-                f"and {gigabytes(meanwhile)} more while they are made, expected at most the "
-                f"{gigabytes(free)} free on {device}; free memory or use draft_weights=None"
-            )
 
 
 def _with_progress(twins: list[Twin]) -> Iterator[Twin]:

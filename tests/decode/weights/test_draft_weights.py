@@ -19,7 +19,7 @@ import std_decode
 from bench.models.build import model_class_and_config
 from bench.models.dimensions import SHAPES
 from std_decode.passes import engine, graphs
-from std_decode.weights import draft_weights, quantize, twin_cache, twins
+from std_decode.weights import draft_weights, quantize, room, twin_cache
 from std_decode.weights.twins import TwinnedLinear, Twins
 from tests.decode.recorder import Recording
 
@@ -369,7 +369,7 @@ def test_a_model_in_inference_mode(make_case):
 @pytest.mark.parametrize("wanted", ["int4", "auto"])
 def test_too_little_memory(make_case, monkeypatch, wanted):
     monkeypatch.setattr(draft_weights, "CACHED", 0)
-    monkeypatch.setattr(twins, "free_memory", lambda device: 60_000)
+    monkeypatch.setattr(room, "free_memory", lambda device: 60_000)
     monkeypatch.setattr(draft_weights, "free_memory", lambda device: 60_000)
     case = make_case("llama")
     before = traces(case.model)
@@ -395,7 +395,7 @@ def test_memory_that_is_gone_when_weights_have_moved(make_case, monkeypatch):
     expected = case.generate()
     with std_decode.patched(case.model, **PATCH):
         case.model = copy.deepcopy(case.model)
-        monkeypatch.setattr(twins, "free_memory", lambda device: 1000)
+        monkeypatch.setattr(room, "free_memory", lambda device: 1000)
         assert torch.equal(case.generate(), expected)
         stats = std_decode.last_stats(case.model)
         assert stats.draft_weights is None and stats.draft_weight_bytes == 0
@@ -416,7 +416,7 @@ def test_a_captured_draft_does_not_outlive_its_twins(make_case, recording, monke
             assert torch.equal(case.generate(), expected)
         for twin in case.model._std_decode.draft_weights.twins.twins:
             twin.drop()
-        monkeypatch.setattr(twins, "free_memory", lambda device: 1000)
+        monkeypatch.setattr(room, "free_memory", lambda device: 1000)
         assert torch.equal(case.generate(), expected)
         stats = std_decode.last_stats(case.model)
     assert stats.draft_weights is None and stats.graph_captures > 0
