@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import tempfile
+from errno import ENOSPC
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from std_decode.costs.memory import gigabytes
 from std_decode.weights.quantize import Quantized
 from std_decode.weights.twins import Twins
 
@@ -32,6 +35,7 @@ def make(model: Any, twins: Twins, path: Path) -> None:
     Raises:
         ValueError: the file is damaged or of another kind; it is left as it is.
         MemoryError: see `Twins.make`.
+        OSError: it cannot be written; a file that was there is left as it is.
     """
     told = fingerprint(twins)
     if path.exists():
@@ -45,6 +49,7 @@ def make(model: Any, twins: Twins, path: Path) -> None:
                     return
         except SafetensorError as error:
             raise ValueError(_unusable(path, str(error))) from error
+    _check_room(path, twins)
     made: dict[str, Tensor] = {}
 
     def keep(name: str, quantized: Quantized) -> None:
@@ -58,7 +63,7 @@ def fingerprint(twins: Twins) -> str:
     """Of the weights that twins are made of: names, shapes and a sample of each layer's values."""
     digest = hashlib.sha256()
     for twin in twins.twins:
-        weight = twin.weight.detach()
+        weight = twin.whole().detach()
         sample = weight.flatten()[:: max(1, weight.numel() // SAMPLE)].float().cpu()
         digest.update(f"{twin.name} {tuple(weight.shape)} {weight.dtype}".encode())
         digest.update(sample.numpy().tobytes())
@@ -81,9 +86,27 @@ def _unusable(path: Path, why: str) -> str:
     )
 
 
+def _check_room(path: Path, twins: Twins) -> None:
+    """Raises OSError where the disk is too full, before copies are made for minutes."""
+    free = shutil.disk_usage(path.absolute().parent).free
+    if twins.planned_bytes > free:
+        raise OSError(
+            ENOSPC,
+            f"patch: draft_weights_cache is {str(path)!r}, a file of "
+            f"{gigabytes(twins.planned_bytes)}, expected at most the {gigabytes(free)} free on "
+            "its disk; free some, name a file elsewhere, or leave it out",
+        )
+
+
 def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
     """Put the file in its place in one step, so that nobody ever reads half of one."""
     with tempfile.TemporaryDirectory(dir=path.absolute().parent, prefix=".std_decode-") as folder:
         part = Path(folder) / path.name
-        save_file(tensors, part, metadata)
+        try:
+            save_file(tensors, part, metadata)
+        except SafetensorError as error:  # what writing has run into
+            raise OSError(
+                f"patch: draft_weights_cache is {str(path)!r}, which could not be written "
+                f"({error}); name a file elsewhere, or leave it out"
+            ) from error
         os.replace(part, path)

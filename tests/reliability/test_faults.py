@@ -7,9 +7,11 @@ import signal
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from transformers import DynamicCache, LogitsProcessorList, StoppingCriteriaList
 from transformers.cache_utils import DynamicLayer
 
@@ -19,8 +21,10 @@ from std_decode.model.layer_group import LayerGroup
 from std_decode.model.link import Link
 from std_decode.passes import engine
 from std_decode.passes.engine import Engine
-from std_decode.weights import quantize
+from std_decode.weights import quantize, twin_cache
+from std_decode.weights.rows import Rows
 from tests.decode.observers import Streams, Watches, interposed
+from tests.decode.weights.links import offload, traces
 from tests.reliability.trials import Listens
 
 PATCH = dict(draft_length=4, top_k_keys=8)
@@ -119,6 +123,131 @@ def test_out_of_memory_while_weights_are_quantised_again(make_case, monkeypatch)
     assert "out of memory" in std_decode.last_stats(kept.model).draft_weights_because
     assert std_decode.last_stats(kept.model).draft_weights is None
     kept.check()
+
+
+@pytest.fixture
+def on_disk(make_case, monkeypatch, tmp_path):
+    """An unpatched case whose weights are on a disk, its link, and its tokens."""
+    monkeypatch.setitem(make_case.text, "vocab_size", 128)
+    case = make_case("llama", seed=3)
+    expected = case.generate()
+    return case, offload(case.model, "disk", tmp_path / "weights"), expected
+
+
+def test_out_of_memory_while_offloaded_weights_are_copied(on_disk, monkeypatch):
+    case, _, expected = on_disk
+    before = traces(case.model)
+    with monkeypatch.context() as patches:
+        patches.setattr(Rows, "__init__", fails_at(2, NO_MEMORY, Rows.__init__))
+        with pytest.raises(torch.OutOfMemoryError):
+            std_decode.patch(case.model, draft_weights="int4", **PATCH)
+    assert traces(case.model) == before
+    with std_decode.patched(case.model, draft_weights="int4", **PATCH):
+        twins = case.model._std_decode.draft_weights.twins
+        twins.offload.drop()  # as in a copy of the model
+        with monkeypatch.context() as patches:
+            patches.setattr(Rows, "__init__", fails_at(2, NO_MEMORY, Rows.__init__))
+            assert torch.equal(case.generate(), expected)
+        stats = std_decode.last_stats(case.model)
+        assert stats.draft_weights is None and "out of memory" in stats.draft_weights_because
+        assert twins.nbytes == 0
+        assert torch.equal(case.generate(), expected)
+        assert std_decode.last_stats(case.model).draft_weights == "int4"
+    assert traces(case.model) == before and torch.equal(case.generate(), expected)
+
+
+@pytest.mark.parametrize("by", ["a thread", "the pass itself"])
+def test_offloaded_weights_that_cannot_be_read(on_disk, by):
+    case, link, expected = on_disk
+    broken = "model.layers.1.mlp.up_proj.weight"
+    before, plain = traces(case.model), link.weights
+    std_decode.patch(case.model, draft_weights="int4", **PATCH)
+    if by == "a thread":
+        case.generate()  # from then on it is known what comes next
+
+    class Broken(dict):
+        def __getitem__(self, name):
+            if name == broken:
+                assert (threading.current_thread() is threading.main_thread()) == (
+                    by != "a thread"
+                )
+                raise OSError("input/output error")
+            return plain[name]
+
+    link.weights = Broken()
+    if by != "a thread":
+        case.model._std_decode.draft_weights.twins.offload.ahead.clear()
+    with pytest.raises(OSError, match="input/output error"):
+        case.generate()
+    link.weights = plain
+    assert torch.equal(case.generate(), expected)
+    std_decode.unpatch(case.model)
+    assert traces(case.model) == before and not link.live
+
+
+@pytest.mark.parametrize(
+    "where", ["embed_tokens", "layers.1.input_layernorm", "layers.1.mlp.up_proj"]
+)
+def test_an_interrupt_while_weights_are_lent(on_disk, monkeypatch, where):
+    case, _, expected = on_disk
+    before = traces(case.model)
+    for goes_on in (True, False):
+        std_decode.patch(case.model, draft_weights="int4", **PATCH)
+        module = case.model.model.get_submodule(where)
+        with monkeypatch.context() as patches:
+            # Of the prompt's pass, of the first draft, and of the second.
+            failing = fails_at(3, KeyboardInterrupt, module._old_forward)
+            patches.setattr(module, "_old_forward", failing)
+            with pytest.raises(KeyboardInterrupt):
+                case.generate()
+        if goes_on:
+            assert torch.equal(case.generate(), expected)
+        std_decode.unpatch(case.model)
+        assert traces(case.model) == before and torch.equal(case.generate(), expected)
+
+
+def test_a_disk_too_full_for_4_bit_weights(on_disk, monkeypatch, tmp_path):
+    case, link, expected = on_disk
+    before, file = traces(case.model), tmp_path / "copies"
+    given = dict(draft_weights="int4", draft_weights_cache=file, **PATCH)
+    usage = SimpleNamespace(free=1000)
+    with monkeypatch.context() as patches:
+        patches.setattr(twin_cache.shutil, "disk_usage", lambda path: usage)
+        patches.setattr(quantize, "quantize", None)  # it is said before copies are made
+        with pytest.raises(OSError, match="0.00 GB, expected at most the 0.00 GB free on its"):
+            std_decode.patch(case.model, **given)
+    full = SafetensorError("I/O error: No space left on device (os error 28)")
+    with monkeypatch.context() as patches:
+        patches.setattr(twin_cache, "save_file", fails_at(1, full, twin_cache.save_file))
+        with pytest.raises(OSError, match="copies', which could not be written .*No space"):
+            std_decode.patch(case.model, **given)
+    assert traces(case.model) == before
+    assert [path.name for path in tmp_path.iterdir()] == ["weights"]
+    with std_decode.patched(case.model, **given):
+        assert torch.equal(case.generate(), expected)
+    assert file.exists()
+
+
+def test_killed_while_4_bit_weights_are_written(on_disk, monkeypatch, tmp_path):
+    case, link, expected = on_disk
+    file = tmp_path / "copies"
+    given = dict(draft_weights="int4", draft_weights_cache=file, **PATCH)
+    with std_decode.patched(case.model, **given):
+        pass
+    made = file.read_bytes()
+    link.weights = {**link.weights, "lm_head.weight": 2 * link.weights["lm_head.weight"]}
+    child = os.fork()
+    if child == 0:
+        twin_cache.os.replace = lambda *paths: os.kill(os.getpid(), signal.SIGKILL)
+        std_decode.patch(case.model, **given)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    assert file.read_bytes() == made
+    assert [path.name[:12] for path in tmp_path.glob(".*")] == [".std_decode-"]
+    with std_decode.patched(case.model, **given):
+        case.generate()
+        assert std_decode.last_stats(case.model).draft_weights == "int4"
+    assert file.read_bytes() != made
 
 
 @pytest.mark.parametrize(
