@@ -13,6 +13,7 @@ COMMANDS = {
     "demo": "bench.demo",
     "exactness": "bench.exactness.command",
     "kernels": "bench.kernels.command",
+    "offload": "bench.offload",
     "prefill": "bench.prefill",
     "promises": "bench.promises",
     "quantizing": "bench.quantizing",
@@ -34,6 +35,7 @@ examples:
   python -m bench demo --out bench/results       the figures of the demo, for docs/pays.md
   python -m bench exactness                      how many tokens differ in bfloat16, demo model
   python -m bench kernels --quick --out quick    each op beside its rivals, also on the CPU
+  python -m bench offload                        weights on a disk, 4-bit drafts in memory
   python -m bench prefill                        time to the first token, patched and unpatched
   python -m bench promises                       what passes take under each promise, in bfloat16
   python -m bench quantizing                     how long 4-bit copies take to make

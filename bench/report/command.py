@@ -30,6 +30,7 @@ its first record says which, with versions, driver, commit and date:
   prefill   prefill-DEVICE.jsonl, by python -m bench prefill
   promises  promises-DEVICE.jsonl, by python -m bench promises
   real      real-PART-DEVICE.jsonl, by python -m bench real; real-short is the gist of them
+  offload   offload-DEVICE.jsonl, by python -m bench offload
   ceiling   roofline.md, by python -m bench roofline: predicted, not measured
   cards     roofline-link.md, by python -m bench roofline --link: likewise
   pays      rows of demo and of ceiling

@@ -9,6 +9,7 @@ from typing import Any
 
 from bench.environment import in_words
 from bench.records import Record, markdown_table, read
+from bench.report import offload as offloaded
 from bench.report import real as pretrained
 from bench.roofline.devices import GPUS
 from bench.roofline.offload_tables import NAME as LINKED
@@ -137,6 +138,13 @@ def real(results: Path) -> list[str]:
 
 def real_short(results: Path) -> list[str]:
     return _each(results, "real", pretrained.short)
+
+
+# Weights on a disk
+
+
+def offload(results: Path) -> list[str]:
+    return _each(results, "offload", offloaded.tables)
 
 
 # Decoding
@@ -374,6 +382,7 @@ TABLES: dict[str, Callable[[Path], list[str]]] = {
     "promises": promises,
     "real": real,
     "real-short": real_short,
+    "offload": offload,
     "ceiling": ceiling,
     "cards": cards,
     "pays": pays,

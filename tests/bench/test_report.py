@@ -109,7 +109,9 @@ def test_what_cannot_be_understood_is_refused(tmp_path, capsys, text, message):
     assert (tmp_path / "README.md").read_text() == text
 
 
-@pytest.mark.parametrize("name", ["demo", "decode", "kernels", "prefill", "promises", "real"])
+@pytest.mark.parametrize(
+    "name", ["demo", "decode", "kernels", "prefill", "promises", "real", "offload"]
+)
 def test_what_has_no_file_has_no_table(results, name):
     rows, text = told(results, name)
     assert rows == [] and f"<!-- table: {name} -->\n<!-- end -->" in text
