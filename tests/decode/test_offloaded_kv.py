@@ -125,13 +125,18 @@ def test_a_second_question(make_case, family, rows, given):
         same_cache(plain, ours, case.inputs["attention_mask"])
 
 
+def offloading(**options):
+    try:
+        return DynamicCache(offloading=True, **options)
+    except RuntimeError:  # it makes a stream, for which a CUDA build of torch asks for a GPU
+        pytest.skip("no GPU, and torch is built for one")
+
+
 def test_an_offloaded_cache_of_the_callers(make_case):
     """Two questions; it needs no `kv_cache`, and holds what plain decoding leaves in a cache."""
     case = make_case("llama", 6, rows=2)
     *expected, plain = ask_twice(case, "new tokens")
-    cache = DynamicCache(config=case.model.config, offloading=True)
-    lazy = DynamicCache(offloading=True)
-    for given in (cache, lazy):
+    for given in (offloading(config=case.model.config), offloading()):
         with std_decode.patched(case.model, **PATCH):
             first = case.generate(past_key_values=given)
             assert torch.equal(first, expected[0])
@@ -143,6 +148,22 @@ def test_an_offloaded_cache_of_the_callers(make_case):
         assert stats.fallback is None and stats.host_kv_bytes and stats.reused_tokens
         same_cache(plain, given, case.inputs["attention_mask"])
         assert all(layer.keys.device.type == "cpu" for layer in given.layers)
+
+
+@pytest.mark.parametrize("draft_length", [4, "auto"])
+def test_with_weights_on_a_disk_too(make_case, monkeypatch, tmp_path, draft_length):
+    """Drafts by 4-bit copies and selected keys; only dense passes fetch anything."""
+    accelerate = pytest.importorskip("accelerate")
+    for name in ("hidden_size", "intermediate_size", "vocab_size"):  # as 4-bit weights take them
+        monkeypatch.setitem(base.TEXT, name, 128)
+    case = make_case("mistral", 14, rows=2, do_sample=draft_length == "auto")
+    expected = case.generate()
+    accelerate.disk_offload(case.model, tmp_path, execution_device="cpu")
+    patch = dict(OFFLOADED, draft_weights="int4", draft_length=draft_length)
+    got, stats = generated(case, patch)
+    case.assert_same_tokens(expected, got)
+    assert stats.draft_weights == "int4" and stats.host_kv_bytes > 0
+    assert stats.rounds > 0 or draft_length == "auto"
 
 
 def deep(monkeypatch, layers):
@@ -257,6 +278,7 @@ def test_sliding_windows(make_case, state_of):
 
 def test_the_buffers_of_an_earlier_call_make_way(make_case, recording):
     case = make_case("llama", 13)
+    offloading()  # as the second call makes one
     expected = case.generate()
     with std_decode.patched(case.model, **PATCH):
         engines = case.model._std_decode.engines
