@@ -150,7 +150,7 @@ def test_an_offloaded_cache_of_the_callers(make_case):
         assert all(layer.keys.device.type == "cpu" for layer in given.layers)
 
 
-@pytest.mark.parametrize("draft_length", [4, "auto"])
+@pytest.mark.parametrize("draft_length", [4, pytest.param("auto", marks=SLOW)])
 def test_with_weights_on_a_disk_too(make_case, monkeypatch, tmp_path, draft_length):
     """Drafts by 4-bit copies and selected keys; only dense passes fetch anything."""
     accelerate = pytest.importorskip("accelerate")
