@@ -54,21 +54,30 @@ class OffloadedLayer(BufferLayer):
     # --- until the prompt is read ---
 
     def begin(self, like: Pair, tokens: int) -> None:
-        """Make room on the host for a prompt of so many tokens."""
-        layers = self.owner.offloaded
-        if self is layers[0]:
-            need = len(layers) * sum(self.owner.link.host_bytes(x, tokens) for x in like)
-            free = free_memory(torch.device("cpu"))
-            if need > free:
-                raise MemoryError(
-                    f"generate: keys and values of {len(like[0])} x {tokens} tokens in "
-                    f"{len(layers)} layers take {gigabytes(need)} of the host's memory, expected "
-                    f"at most the {gigabytes(free)} that are free; give a shorter prompt or fewer "
-                    "rows"
-                )
+        """Make room on the host for a prompt of so many tokens.
+
+        Raises:
+            MemoryError: all layers' are more than is free there, or two layers' on the device.
+        """
         self.dtype, self.device = like[0].dtype, like[0].device
+        if self is self.owner.offloaded[0]:
+            self._check_memory(like, tokens)
         self.host = tuple(self.owner.link.host_room(x, tokens) for x in like)
         self.is_initialized = True
+
+    def _check_memory(self, like: Pair, tokens: int) -> None:
+        layers, host = len(self.owner.offloaded), torch.device("cpu")
+        staged = 2 * self.owner.capacity * sum(x[:, :, :1].nbytes for x in like)
+        needs = {self.device: staged, host: staged if self.device == host else 0}
+        needs[host] += layers * sum(self.owner.link.host_bytes(x, tokens) for x in like)
+        for place, need in needs.items():
+            free = free_memory(place)
+            if need > free:
+                raise MemoryError(
+                    f"generate: keys and values of {len(like[0])} x {tokens} tokens in {layers} "
+                    f"layers take {gigabytes(need)} of the memory of {place}, expected at most "
+                    f"the {gigabytes(free)} that are free; give a shorter prompt or fewer rows"
+                )
 
     def adopt(self, past: Any) -> None:
         """Take over the tokens of a layer of the caller's cache, wherever they are."""

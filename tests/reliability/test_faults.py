@@ -330,15 +330,20 @@ def test_out_of_memory_while_offloaded_keys_come(make_case, monkeypatch, at):
     kept.check()
 
 
-def test_too_little_memory_on_the_host(make_case, monkeypatch):
+def test_too_little_memory_for_offloaded_keys(make_case, monkeypatch):
+    """On the host for all layers' of the prompt, and on the device (the same here) for two."""
     kept, past = Survives(make_case("llama", seed=10), kv_cache="offloaded"), DynamicCache()
+    token = 2 * 4 * make_case.text["num_key_value_heads"] * 16  # of a layer, head dim 16
+    need = 3 * 90 * token + 2 * cache.bucket(90) * token
     with monkeypatch.context() as patches:
-        patches.setattr(offloaded, "free_memory", lambda device: 40_000)
+        patches.setattr(offloaded, "free_memory", lambda device: need - 1)
         with pytest.raises(
-            MemoryError, match="1 x 90 tokens in 3 layers take .* expected at most"
+            MemoryError, match="1 x 90 tokens in 3 layers take .* memory of cpu, exp"
         ):
             kept.case.generate(past_key_values=past)
-    assert past.layers == []
+        assert past.layers == []
+        patches.setattr(offloaded, "free_memory", lambda device: need)
+        assert torch.equal(kept.case.generate(), kept.expected)
     kept.check()
 
 
