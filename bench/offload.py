@@ -42,6 +42,7 @@ slow is no error: look at the table."""
 _EXAMPLES = """\
 examples:
   OMP_NUM_THREADS=2 python -m bench offload --out bench/results      under 8 minutes on two cores
+  python -m bench offload --links 0.25 --chosen greedy --resume --out bench/results  6 minutes more
   python -m bench offload --links 1 --turns 1 --new 16               half a minute"""
 SEED = 7
 
@@ -59,8 +60,11 @@ def add_parser(commands: Any) -> None:
         help="tokens of a text (default 500)")  # fmt: skip
     add("--turns", type=between(int, 1, 2**31), default=3, metavar="R",
         help="of both sides (default 3)")  # fmt: skip
+    add("--chosen", choices=["greedy", "sampled"], nargs="+", default=["greedy", "sampled"],
+        help="how tokens are chosen (default: both ways)")  # fmt: skip
     add("--seconds", type=between(float, 0, 2**31), default=460.0, metavar="T",
         help="time box; what does not fit is listed as skipped (default 460)")  # fmt: skip
+    add("--resume", action="store_true", help="keep what a run into DIR has measured, go on")
     add("--out", type=Path, metavar="DIR", help="where to write (default: only print)")
     parser.set_defaults(run=run)
 
@@ -84,9 +88,10 @@ def run(options: argparse.Namespace) -> int:
         torch.device("cpu"), model=pretrained.NAME, new_tokens=options.new, prompt=options.prompt
     )
     path = None if options.out is None else file_of(options.out, "offload", about["device"])
-    journal = Journal(path, about)
+    complete = (lambda record: record["status"] == "ok") if options.resume else None
+    journal = Journal(path, about, complete)
     with tempfile.TemporaryDirectory() as folder:
-        for record in _records(options, Path(folder)):
+        for record in _records(options, Path(folder), journal.records[1:]):
             journal.keep(record)
     console = Console(width=None if sys.stdout.isatty() else 160)
     about, *records = journal.records
@@ -172,7 +177,7 @@ def _linked(model: Any, files: list[Path]) -> Link:
     return link
 
 
-def _records(options: argparse.Namespace, folder: Path) -> Iterator[Record]:
+def _records(options: argparse.Namespace, folder: Path, known: list[Record]) -> Iterator[Record]:
     import std_decode
 
     deadline = time.monotonic() + options.seconds
@@ -183,6 +188,7 @@ def _records(options: argparse.Namespace, folder: Path) -> Iterator[Record]:
     twins = model._std_decode.draft_weights.twins
     yield {
         "part": "patch",
+        "status": "ok",
         "seconds": time.perf_counter() - begin,
         "gb_read": link.nbytes / 1e9,
         "gb_kept": twins.nbytes / 1e9,
@@ -191,7 +197,11 @@ def _records(options: argparse.Namespace, folder: Path) -> Iterator[Record]:
     prompts = [pretrained.prompt(tokenizer, options.prompt, turn) for turn in range(options.turns)]
     first, *others = options.links  # in the order of what matters: time may be short
     cells = [(first, False), (first, True), *((x, False) for x in others)]
+    wanted = [chosen == "sampled" for chosen in options.chosen]
+    done = [(record["link"], record["sampled"]) for record in known if record["part"] == "speed"]
     for kind, sampled in [*cells, *((x, True) for x in others)]:
+        if sampled not in wanted or (kind, sampled) in done:
+            continue
         record = {"part": "speed", "link": kind, "sampled": sampled}
         try:
             yield record | _cell(sides, prompts, kind, sampled, options.new, deadline)
