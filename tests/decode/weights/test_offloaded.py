@@ -46,13 +46,10 @@ def stages(monkeypatch):
     return stages
 
 
-QUICK = [
-    *(("llama", "disk"), ("llama", "cpu"), ("qwen2_vl", "cpu"), ("gemma3", "disk")),
-    *(("qwen3", "cpu"), ("gpt_oss", "disk")),
-]
+QUICK = [("llama", "disk"), ("qwen2_vl", "cpu"), ("gemma3", "disk")]
 SLOW = [
     pytest.param(family, where, marks=pytest.mark.slow)
-    for family in ("qwen2_vl", "gemma3", "qwen3", "gpt_oss")
+    for family in ("llama", "qwen2_vl", "gemma3", "qwen3", "gpt_oss")
     for where in ("disk", "cpu")
     if (family, where) not in QUICK
 ]
