@@ -183,5 +183,5 @@ def test_tables_add_up_counts():
     failed = {"part": "speed", "status": "failed: no"}
     found = tables({"model": "m", "new_tokens": 9, **ABOUT}, [one, other, failed])
     row = next(line for line in found if line.startswith("| 64 keys"))
-    assert row == "| 64 keys | 4 | yes | 90% | 50% | 90% | 50% | 60% | 2.00 | 2 of 2 |"
+    assert row == "| 64 keys | 4 | yes | 90% | 50% | 90% | 50% | 60% | 70% | 2.00 | 2 of 2 |"
     assert found[-1].startswith("m, greedy, at most 9 tokens an answer; CPU, torch 9")
