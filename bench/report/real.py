@@ -42,7 +42,7 @@ def short(about: Record, records: list[Record]) -> list[str]:
             "the unpatched model's."
         ]
     elif timed:
-        lines = _speed(timed, ("auto", "look-ups", "prompt lookup"))
+        lines = _speed(timed, ("dense path", "look-ups", "auto", "prompt lookup"))
     else:
         return []
     return [*lines, "", _conditions(about)]

@@ -19,22 +19,23 @@ pytestmark = pytest.mark.skipif(not installed(), reason=f"no pretrained model; {
 loaded = cache(load)  # unpacking takes as long as a test
 
 
-@pytest.mark.parametrize(("sampled", "texts"), [(False, (0, 20)), (True, (0,))])
-def test_the_same_tokens_in_float32(sampled, texts):
+@pytest.mark.parametrize(
+    ("sampled", "number"), [(False, 0), (True, 0), pytest.param(False, 20, marks=pytest.mark.slow)]
+)
+def test_the_same_tokens_in_float32(sampled, number):
     tokenizer, model = loaded(torch.float32)
-    for number in texts:
-        case = Case(
-            model, dict(prompt(tokenizer, 400, number)), dict(max_new_tokens=32, do_sample=sampled)
-        )
-        expected = case.generate()
-        for options in (dict(draft_length=4), dict(draft_length=0), dict(draft_length="auto")):
-            with std_decode.patched(model, top_k_keys=64, **options):
-                got = case.generate()
-                stats = std_decode.last_stats(model)
-            assert stats.fallback is None
-            case.assert_same_tokens(expected, got)
-            if options["draft_length"] == 4:
-                assert stats.acceptance_rate > 0.4
+    case = Case(
+        model, dict(prompt(tokenizer, 400, number)), dict(max_new_tokens=32, do_sample=sampled)
+    )
+    expected = case.generate()
+    for options in (dict(draft_length=4), dict(draft_length=0), dict(draft_length="auto")):
+        with std_decode.patched(model, top_k_keys=64, **options):
+            got = case.generate()
+            stats = std_decode.last_stats(model)
+        assert stats.fallback is None
+        case.assert_same_tokens(expected, got)
+        if options["draft_length"] == 4:
+            assert stats.acceptance_rate > 0.4
 
 
 def test_the_same_tokens_by_look_ups():

@@ -125,10 +125,10 @@ def test_a_pass_compiled_with_other_ops_is_not_taken_from_the_cache(
         monkeypatch.setattr(compiling, "version_of_ops", lambda version=version: version)
         torch._dynamo.reset()
         counters.clear()
-        with std_decode.patched(case.model, draft_length=3, top_k_keys=8, compile=True):
+        with std_decode.patched(case.model, draft_length=0, compile=True):
             case.assert_same_tokens(expected, case.generate())
         hits.append(counters["aot_autograd"]["autograd_cache_hit"])
-    assert hits == [0, 2, 0]  # draft and verify
+    assert hits == [0, 1, 0]
 
 
 def test_the_version_of_the_ops_is_that_of_their_sources(monkeypatch, tmp_path):
