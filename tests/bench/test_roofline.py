@@ -504,13 +504,19 @@ def options_of(arguments):
     return parser.parse_args(["roofline", *arguments])
 
 
-def test_the_results_are_current(tmp_path, monkeypatch):
-    """Each file is what its command writes; the picture is as large as it should be."""
+@pytest.mark.parametrize("name", ["roofline.md", "roofline-link.md"])
+def test_the_tables_are_current(tmp_path, monkeypatch, name):
+    """Each file is what its command writes."""
     monkeypatch.chdir(tmp_path)
-    kept = (RESULTS / "roofline.md").read_text(encoding="utf-8")
+    kept = (RESULTS / name).read_text(encoding="utf-8")
     (line,) = re.findall(r"`python -m bench (roofline --model .*)`", kept)
     assert main(shlex.split(line)) == 0
-    assert (tmp_path / "bench/results/roofline.md").read_text(encoding="utf-8") == kept
+    assert (tmp_path / "bench/results" / name).read_text(encoding="utf-8") == kept
+
+
+def test_the_picture_is_current(tmp_path, monkeypatch):
+    """The file is what its command writes, as large as it should be."""
+    monkeypatch.chdir(tmp_path)
     name = "roofline-qwen2-vl-7b-h200"
     options = options_of(["--sweep", "--out", "."])
     kept = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))

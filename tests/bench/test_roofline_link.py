@@ -2,8 +2,6 @@
 
 import itertools
 import json
-import re
-import shlex
 from dataclasses import replace
 from pathlib import Path
 
@@ -206,14 +204,6 @@ def test_what_is_refused(capsys, arguments, message):
     assert main(["roofline", *arguments]) == 2
     error = capsys.readouterr().err
     assert error.startswith("bench roofline: ") and error.count("\n") == 1 and message in error
-
-
-def test_the_results_are_current(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    kept = (RESULTS / "roofline-link.md").read_text(encoding="utf-8")
-    (line,) = re.findall(r"`python -m bench (roofline --model .*)`", kept)
-    assert main(shlex.split(line)) == 0
-    assert (tmp_path / "bench/results/roofline-link.md").read_text(encoding="utf-8") == kept
 
 
 def test_the_page_has_each_card_behind_its_own_link(tmp_path):
