@@ -245,11 +245,11 @@ def _engine(
             selection,
             stats,
             twins,
-            order,
-            promise,
-            fused,
-            prompt,
-            products,
+            order=order,
+            promise=promise,
+            fused=fused,
+            prompt=prompt,
+            products=products,
         )
     except BaseException:
         engine.release()  # an earlier call's buffers may be in it

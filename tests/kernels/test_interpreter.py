@@ -14,8 +14,8 @@ import pytest
 pytest.importorskip("triton")
 ROOT = Path(__file__).parents[2]
 HERE = Path(__file__).parent
-# The GPU suite too, at tiny sizes: otherwise its code would first run where time is short. CI does
-# so with the oldest and the newest Triton.
+# The GPU suite too, at tiny sizes: otherwise its code would first run where time is short. CI runs
+# it by itself, with the oldest and the newest Triton.
 FILES = [
     *sorted((HERE / "interpreter").glob("test_*.py")),
     pytest.param(HERE / "test_gpu.py", marks=pytest.mark.slow),
