@@ -87,8 +87,8 @@ class _Engine(Engine):
     mean, rejected, rejected_before = 1.0, False, False
     rounds = 0
 
-    def start(self, *arguments: Any) -> None:
-        super().start(*arguments)
+    def start(self, *arguments: Any, **options: Any) -> None:
+        super().start(*arguments, **options)
         for layer in self.cache.layers:
             layer.rule = self.rule
 
