@@ -96,7 +96,8 @@ def _sooner(
         rows_apart = 1 if stats.lockstep_because is not None else len(input_ids)
         workload = _workload(options, input_ids, stats)
         most = engine.promise.rows - 1 if engine.promise.rows else None
-        length = options.policy.begin(workload, rows_apart, lead(model), most)
+        tokens = config.max_length - input_ids.shape[1]
+        length = options.policy.begin(workload, rows_apart, lead(model), most, tokens)
         lookup = _lookup(model, input_ids, kwargs, length.chances) if length.looks_up else None
         if stats.lockstep_because is not None:
             stats.mode = "lockstep"

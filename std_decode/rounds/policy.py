@@ -37,7 +37,7 @@ FAINT = 1e-6  # drafts' worth, of which no more is forgotten
 WORTH = 1.04  # drafting has to gain this much
 HOPED = 0.95  # acceptance at which it would have to, for a trial,
 RISK = 0.02  # of the time so far may be lost by trying drafts out,
-ONE_ROUND = 3.0  # or this many dense steps' worth, of which no answer is spared
+ONE_ROUND = 3.0  # or this many dense steps' worth, of which only a short answer is spared
 CREDIT = 10.0  # dense steps' worth, of what drafts gained, that may be lost where the text changes
 FEW = 3  # dense steps that have to be timed before anything is compared with them,
 REFRESH = 48  # and rounds after which one is timed again,
@@ -114,6 +114,7 @@ class Policy:
         rows: int,
         settle: Callable[[int], int] = lambda gamma: gamma,
         most: int | None = None,
+        tokens: int | None = None,
     ) -> DraftLength:
         """For one generate call.
 
@@ -124,6 +125,7 @@ class Policy:
             settle: what is drafted where this process would draft so many; ranks that share a
                 model have to do the same.
             most: tokens that a pass of this call has room for; None: any.
+            tokens: that a row gets at the most; None: any number.
         """
         batch, context = workload.batch, workload.context.bit_length()
         times = self.times.setdefault((batch, context, most), Times())
@@ -136,7 +138,8 @@ class Policy:
             for all_lengths in (self.lengths, self.lookup_lengths)
         )
         lookup = LookupLength(times, lookup_lengths)
-        return DraftLength(self, times, rows, ratio, settle, lengths, lookup)
+        one_round = ONE_ROUND if tokens is None else min(ONE_ROUND, RISK * tokens)
+        return DraftLength(self, times, rows, ratio, settle, lengths, lookup, one_round)
 
 
 class DraftLength:
@@ -161,12 +164,13 @@ class DraftLength:
         settle: Callable[[int], int],
         lengths: Sequence[int],
         lookup: LookupLength,
+        one_round: float,
     ):
         self.policy, self.times, self.settle = policy, times, settle
         self.lengths, self.lookup = lengths, lookup  # that may be chosen, besides none
         self.looks_up, self.chances = bool(lookup.lengths), policy.chances.copy()
         self.most_looked_up = max(lookup.lengths, default=0)
-        self.draft_ratio = draft_ratio
+        self.draft_ratio, self.one_round = draft_ratio, one_round
         self.agreed = [SUPPOSED_DRAFTS * policy.acceptance] * rows
         self.tried = [SUPPOSED_DRAFTS] * rows
         self.length = 0  # of the newest round, but for those that were looked up
@@ -225,7 +229,7 @@ class DraftLength:
 
     def _risk(self) -> float:
         """Dense steps' worth that may be lost by trying drafts out."""
-        return max(RISK * self.steps, ONE_ROUND)
+        return max(RISK * self.steps, self.one_round)
 
     def _payable(self) -> float:
         """Dense steps' worth that a round may take which could be paid for if no draft agreed."""

@@ -116,6 +116,24 @@ def test_a_short_answer_loses_one_round():
             assert tokens >= 256 or lost <= allowed + 1e-9, (acceptance, draft, verify, which)
 
 
+@pytest.mark.parametrize("tokens, lost_at_most", [(24, 0.075), (48, 0.0375), (96, 0.021)])
+def test_an_answer_known_to_be_short_loses_less(tokens, lost_at_most):
+    """Than one round: what may be tried is 2% of it. Over that is what bytes promise wrongly."""
+
+    def lost(known):
+        shares = []
+        for acceptance, draft, verify in GRID:
+            for predicted, seed in itertools.product({draft, WRONG}, SEEDS):
+                length = Policy().begin(workload(predicted), 1, tokens=known)
+                run = Run(length, draft, verify, seed=seed).go(acceptance, tokens)
+                shares.append(run.seconds / run.tokens - 1)
+        return shares
+
+    known, unknown = lost(tokens), lost(None)
+    assert max(known) <= lost_at_most < max(unknown)
+    assert mean(known) < mean(unknown)
+
+
 def test_all_of_the_grid_is_close_to_the_best_length():
     """768 tokens, from a first call on: with all that it takes to find out.
 
