@@ -3,6 +3,7 @@
 Its states differ by 18% in bfloat16 when tokens are fed one at a time: by rounding.
 """
 
+from copy import deepcopy
 from functools import cache
 
 import pytest
@@ -12,6 +13,7 @@ import std_decode
 from bench.models.pretrained import INSTALL, installed, load, prompt
 from bench.real import texts
 from tests.decode.conftest import Case
+from tests.decode.weights.links import dense_bytes, offload
 
 pytestmark = pytest.mark.skipif(not installed(), reason=f"no pretrained model; {INSTALL}")
 
@@ -48,6 +50,43 @@ def test_the_same_tokens_by_look_ups():
         case.assert_same_tokens(expected, case.generate())
         stats = std_decode.last_stats(model)
     assert stats.fallback is None and stats.lookup_accepted > 0
+
+
+@pytest.mark.parametrize("sampled", [False, True])
+def test_the_same_tokens_with_keys_on_the_host(sampled):
+    tokenizer, model = loaded(torch.float32)
+    case = Case(
+        model, dict(prompt(tokenizer, 400, 3)), dict(max_new_tokens=24, do_sample=sampled)
+    )
+    expected = case.generate()
+    with std_decode.patched(model, kv_cache="offloaded", top_k_keys=64, draft_length=4):
+        case.assert_same_tokens(expected, case.generate())
+        stats = std_decode.last_stats(model)
+    assert stats.fallback is None and stats.acceptance_rate > 0.4
+    assert stats.host_kv_bytes > stats.kv_cache_bytes  # of 30 layers, what drafts read is less
+
+
+@pytest.mark.parametrize("where", ["cpu", pytest.param("disk", marks=pytest.mark.slow)])
+def test_the_same_tokens_with_weights_offloaded(where, tmp_path):
+    """Greedy, sampled, and with the keys on the host as well; drafts read no weights there."""
+    tokenizer, model = loaded(torch.float32)
+    away = deepcopy(model)
+    link = offload(away, where, tmp_path / "weights")
+    options = dict(draft_weights="int4", draft_weights_cache=tmp_path / "copies")
+    for sampled, kv_cache in ((False, None), (True, None), (False, "offloaded")):
+        case = Case(
+            model, dict(prompt(tokenizer, 200, 5)), dict(max_new_tokens=16, do_sample=sampled)
+        )
+        expected = case.generate()
+        case.model = away
+        with std_decode.patched(away, draft_length=4, kv_cache=kv_cache, **options):
+            link.nbytes = 0
+            case.assert_same_tokens(expected, case.generate())
+            stats = std_decode.last_stats(away)
+        assert stats.fallback is None and stats.draft_weights == "int4"
+        assert stats.acceptance_rate > 0.4
+        passes = stats.calls["prefill"] + stats.calls["dense"] + stats.calls["verify"]
+        assert link.nbytes == passes * dense_bytes(away)
 
 
 @pytest.mark.parametrize(
