@@ -118,7 +118,7 @@ def patch_options(options: argparse.Namespace) -> dict[str, Any]:
     if cache is not None and not cache.is_file():
         check_file("--draft-weights-cache", cache)
     names = ("top_k_keys", "draft_length", "prompt_lookup", "reselect", "draft_weights",
-             "draft_weights_cache", "compile", "reproducible")  # fmt: skip
+             "draft_weights_cache", "kv_cache", "compile", "reproducible")  # fmt: skip
     return {name: getattr(options, name) for name in names}
 
 

@@ -232,6 +232,9 @@ def _add_question(command: Any) -> None:
         help="draft with 4-bit copies of the weights (default: the model's own)")  # fmt: skip
     add("--draft-weights-cache", type=Path, metavar="FILE",
         help="keep the 4-bit copies here for the next time")  # fmt: skip
+    add("--kv-cache", choices=["offloaded"],
+        help="keep the prompt's keys and values in the host's memory, for what fits no GPU "
+        "(default: on the device)")  # fmt: skip
     add("--no-reselect", dest="reselect", action="store_false",
         help="keep the keys that the prompt selected")  # fmt: skip
     add("--reproducible", type=reproducible, default="auto", metavar="R",

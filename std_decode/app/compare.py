@@ -253,6 +253,8 @@ def _table(found: Comparison) -> Table:
         table.add_row("peak memory, MiB", *(f"{peak / 2**20:,.0f}" for peak in peaks if peak))
     else:
         table.add_row("KV cache, MiB", "", f"{stats.kv_cache_bytes / 2**20:,.1f}")
+    if stats.host_kv_bytes:
+        table.add_row("on the host, MiB", "", f"{stats.host_kv_bytes / 2**20:,.1f}")
     extra = stats.workspace_bytes + stats.draft_weight_bytes
     table.add_row("beside it, MiB", "", f"{extra / 2**20:,.1f}")
     table.add_row("promised", "", _PROMISED.get(stats.promise or "", "-"))

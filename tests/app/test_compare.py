@@ -58,6 +58,16 @@ def test_options_reach_both_ways_of_answering(llama, tmp_path):
         assert found["identical"] and found["stats"]["rounds"] > 3 and found["advice"] is None
 
 
+def test_it_says_what_is_on_the_host(llama, tmp_path, capsys):
+    arguments = ["--model", llama, "--prompt", "Why?", "--max-new-tokens", 20, "--no-advice"]
+    found = compared([*arguments, *DRAFTS, "--kv-cache", "offloaded"], tmp_path / "a.json")
+    assert found["identical"] and found["stats"]["rounds"] > 3
+    kept = found["stats"]["host_kv_bytes"]
+    assert kept and f"on the host, MiB │ │ {kept / 2**20:,.1f}" in " ".join(
+        capsys.readouterr().out.split()
+    )
+
+
 def test_in_bfloat16_the_status_says_whether_tokens_are_identical(llama, tmp_path):
     figures = tmp_path / "a.json"
     arguments = ["--model", llama, "--prompt", "Why?", "--no-advice", "--dtype", "bfloat16"]

@@ -99,11 +99,13 @@ def test_a_template_that_begins_with_the_bos_token_gets_no_second_one():
 def test_every_option_of_the_patch_comes_through():
     given = [*DRAFTS, "--draft-weights", "int4", "--draft-weights-cache", "a", "--no-reselect"]
     given += ["--compile", "--reproducible", "16", "--prompt-lookup", "yes"]
+    given += ["--kv-cache", "offloaded"]
     options = cli._parser().parse_args(["generate", *given])
     patch = answer.patch_options(options)
     assert patch.pop("draft_weights_cache").name == "a"
     assert patch == dict(top_k_keys=8, draft_length=3, prompt_lookup=True, reselect=False,
-                         draft_weights="int4", compile=True, reproducible=16)  # fmt: skip
+                         draft_weights="int4", kv_cache="offloaded", compile=True,
+                         reproducible=16)  # fmt: skip
     defaults = answer.patch_options(cli._parser().parse_args(["generate"]))
     known = inspect.signature(std_decode.patch).parameters
     assert all(known[name].default == value for name, value in defaults.items())
@@ -121,6 +123,7 @@ def test_every_option_of_the_patch_comes_through():
         (["--sample", "--temperature", "0"], "--temperature: is 0, expected more than 0"),
         (["--sample", "--top-p", "1.5"], "--top-p: is 1.5, expected more than 0, at most 1"),
         (["--draft-weights-cache", "a"], "give --draft-weights int4 too"),
+        (["--kv-cache", "host"], "invalid choice: 'host'"),
         (["--draft-length", "64"], "--draft-length: is 64, expected 0 to 63"),
         (["--video", "nothing.mp4"], "nothing.mp4: no such file"),
         (["--video", "https://a.b/c.mp4"], "an address, and only files are read"),
