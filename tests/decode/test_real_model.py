@@ -55,9 +55,7 @@ def test_the_same_tokens_by_look_ups():
 @pytest.mark.parametrize("sampled", [False, True])
 def test_the_same_tokens_with_keys_on_the_host(sampled):
     tokenizer, model = loaded(torch.float32)
-    case = Case(
-        model, dict(prompt(tokenizer, 400, 3)), dict(max_new_tokens=24, do_sample=sampled)
-    )
+    case = Case(model, dict(prompt(tokenizer, 400, 3)), dict(max_new_tokens=24, do_sample=sampled))
     expected = case.generate()
     with std_decode.patched(model, kv_cache="offloaded", top_k_keys=64, draft_length=4):
         case.assert_same_tokens(expected, case.generate())
