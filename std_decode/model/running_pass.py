@@ -32,6 +32,8 @@ class Pass:
         rescore: whether verification hands out scores for a new selection.
         alone: each row's length before the pass, where every token attends by the model's own
             function as plain decoding has it: alone, on the CPU; else None.
+        one_read: whether a token alone reads K and V once for all query heads of a KV head, where
+            that rounds otherwise.
         twins: whose 4-bit weights the pass reads (`std_decode.weights.twins.Twins`), or None.
         products: how its products are made (`std_decode.weights.products.Products`), or None.
         fused: whose layers run fused (`std_decode.admission.fusing.Fused`), or None.
@@ -49,6 +51,7 @@ class Pass:
     partial: bool = False
     rescore: bool = False
     alone: list[int] | None = None
+    one_read: bool = False
     twins: object = None
     products: object = None
     fused: object = None

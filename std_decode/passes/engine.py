@@ -343,7 +343,8 @@ class Engine:
             for group in self.groups:
                 group.note_lse(self.cache.ahead)
             return logits
-        if (tokens.numel() == 1 and self.own_attention) or self.promise.kind == "unpatched":
+        running.one_read = tokens.numel() == 1 and self.own_attention
+        if running.one_read or self.promise.kind == "unpatched":
             running.alone = self.cache.lengths.tolist()
         # A compiler fuses what portions would be of, and rounds alike wherever a token is.
         portions = None if self.compiled is not None else self.promise.portions(*tokens.shape)
