@@ -11,7 +11,7 @@ from typing import Any
 
 from bench.arguments import between, new_parser
 from bench.models import pretrained
-from bench.real.texts import KINDS, LOOKUP, TASKS
+from bench.real.texts import KINDS, LOOKUP, TASKS, WAYS
 from bench.records import Journal, Record, failure, file_of
 
 PARTS = ("acceptance", "rounding", "speed")
@@ -64,6 +64,7 @@ examples:
   python -m bench real --copies                             4-bit copies alone, 5 minutes
   python -m bench real --parts acceptance rounding --out bench/results
   python -m bench real --parts speed --out bench/results    nothing else may run
+  python -m bench real --parts speed --ways "dense path" auto --turns 9
   python -m bench report                                    docs/measured.md has the tables"""
 
 
@@ -88,6 +89,8 @@ def add_parser(commands: Any) -> None:
         help="draft lengths (default 2 4 8)")  # fmt: skip
     add("--new", type=between(int, 2, 256), metavar="N",
         help="tokens of an answer at most (default 40; of speed 48)")  # fmt: skip
+    add("--ways", nargs="+", choices=list(WAYS), default=list(WAYS), metavar="WAY",
+        help=f"that are timed besides unpatched, of {', '.join(WAYS)} (default: all)")  # fmt: skip
     add("--turns", type=count, default=3, metavar="N", help="each way is timed (default 3)")
     add("--quick", action="store_true", help="two short texts, two ways to draft, one turn")
     add("--copies", action="store_true",
@@ -195,7 +198,7 @@ def _of_text(
         elif part == "rounding":
             yield {**where, "status": "ok", **measure.rounding(model, given, new)}
         else:
-            found = measure.speed(model, given, new, options.turns, copies)
+            found = measure.speed(model, given, new, options.ways, options.turns, copies)
             yield {**where, "status": "ok", **found}
     except Exception as error:  # whatever one text runs into must not cost the others
         yield {**where, "status": failure(error)}

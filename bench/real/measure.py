@@ -174,19 +174,21 @@ def timed_ways() -> dict[str, Record | None]:
     """By name, options of `patch`; None: unpatched."""
     return {
         UNPATCHED: None,
-        "dense path": dict(draft_length=0),
+        texts.DENSE: dict(draft_length=0),
         "4 drafts": dict(draft_length=GAMMA),
         "4 drafts, int4": dict(draft_length=GAMMA, draft_weights="int4"),
         "look-ups": dict(draft_length=0, prompt_lookup=True),
         "look-ups or 4 drafts": dict(draft_length=GAMMA, prompt_lookup=True),
-        "auto": dict(draft_length="auto"),
+        texts.AUTO: dict(draft_length="auto"),
         texts.LOOKUP: None,
     }
 
 
-def speed(model: Any, given: Text, new_tokens: int, turns: int, copies: Path) -> Record:
+def speed(
+    model: Any, given: Text, new_tokens: int, names: Iterable[str], turns: int, copies: Path
+) -> Record:
     """Tokens/s of each way after its first token; all take turns, forwards and backwards."""
-    ways = timed_ways()
+    ways = {name: way for name, way in timed_ways().items() if name in (UNPATCHED, *names)}
     rates: dict[str, list[float]] = {name: [] for name in ways}
     told: dict[str, list[Tensor]] = {name: [] for name in ways}
     for turn in range(turns):
@@ -202,6 +204,10 @@ def speed(model: Any, given: Text, new_tokens: int, turns: int, copies: Path) ->
             name: median(a / b for a, b in zip(found, rates[UNPATCHED]))
             for name, found in rates.items()
         },
+        "auto_over_dense": [
+            auto / dense
+            for dense, auto in zip(rates.get(texts.DENSE, []), rates.get(texts.AUTO, []))
+        ],
         "identical": {
             name: all(torch.equal(tokens, right) for tokens in found)
             for name, found in told.items()

@@ -6,7 +6,10 @@ from collections.abc import Iterator
 from typing import Any
 
 KINDS = ("prose", "code", "table", "dialogue")
+# How an answer is timed, besides unpatched.
+DENSE, AUTO = "dense path", "auto"
 LOOKUP = "prompt lookup"  # transformers' own way to draft without a model
+WAYS = (DENSE, "4 drafts", "4 drafts, int4", "look-ups", "look-ups or 4 drafts", AUTO, LOOKUP)
 TASKS = ("summary", "question", "continuation")
 _MODULES = (
     "textwrap", "heapq", "statistics", "argparse", "fractions", "json.decoder", "tokenize",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from statistics import mean
+from statistics import mean, median
 
 from bench.environment import in_words
 from bench.records import Record, markdown_table
@@ -126,10 +126,16 @@ def _speed(records: list[Record], only: Collection[str] = ()) -> list[str]:
     first, *rest = records[0]["tokens_per_s"]
     rest = [way for way in rest if not only or way in only]
     head = ("text", "tokens", f"{first}, tokens/s", *(f"{way}, x" for way in rest))
+    compared = not only and all(record.get("auto_over_dense") for record in records)
+    if compared:
+        head += ("auto over dense path, x",)
 
     def cells(record: Record) -> list[str]:
         over, same = record["over_unpatched"], record["identical"]
         ratios = [f"{over[way]:.2f}{'' if same[way] else ' (differs)'}" for way in rest]
+        if compared:
+            turns = sorted(record["auto_over_dense"])
+            ratios.append(f"{median(turns):.2f} ({turns[0]:.2f} to {turns[-1]:.2f})")
         rate = record["tokens_per_s"][first]
         return [f"{record['kind']}, {record['task']}", f"{record['tokens']:,}", f"{rate:.1f}",
                 *ratios]  # fmt: skip

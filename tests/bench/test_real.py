@@ -73,11 +73,20 @@ def test_every_part_and_what_is_kept_of_an_earlier_run(bench, capsys):
         None, "rounding", "rounding", None, "speed", "speed"
     ]  # fmt: skip
     assert more[6]["steps"] == 16 and more[6]["as promised"]["lags"] == []
-    assert set(more[9]["tokens_per_s"]) == set(measure.timed_ways())
+    assert set(more[9]["tokens_per_s"]) == set(measure.timed_ways()) == {"unpatched", *texts.WAYS}
     assert all(rate > 0 for rate in more[9]["tokens_per_s"].values())
     assert [(record["kind"], record["task"]) for record in more[9:]] == list(measure.TIMED)
     assert bench("--resume")[1] == more  # nothing is done twice
     assert "every key, 4-bit weights" in capsys.readouterr().out
+
+
+def test_ways_that_are_asked_for_are_timed_beside_unpatched(bench):
+    status, (about, *found) = bench("--parts", "speed", "--ways", "auto", "dense path")
+    assert status == 0
+    for record in found:
+        assert set(record["tokens_per_s"]) == {"unpatched", "dense path", "auto"}
+        (turn,) = record["auto_over_dense"]
+        assert f"| {turn:.2f} ({turn:.2f} to {turn:.2f}) |" in "\n".join(tables(about, [record]))
 
 
 def test_copies_alone(bench):
