@@ -62,7 +62,7 @@ def install() -> None:
     torch.cuda.graphs.graph, torch.profiler.profile = cuda.Capture, cuda.Profile
     for name in ("_cuda_init", "_cuda_endAllocateToPool", "_cuda_releasePool"):
         setattr(torch._C, name, lambda *_: None)
-    torch.Generator = cuda.Generator
+    torch.Generator, torch.Stream = cuda.Generator, cuda.Stream  # of no device
     torch.tensor, torch.as_tensor = tensors.make_tensor, tensors.as_tensor
     torch.__future__.set_overwrite_module_params_on_conversion(True)
     tensors.Mode().__enter__()
