@@ -52,7 +52,7 @@ def test_the_same_tokens_by_look_ups():
     assert stats.fallback is None and stats.lookup_accepted > 0
 
 
-@pytest.mark.parametrize("sampled", [False, True])
+@pytest.mark.parametrize("sampled", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_the_same_tokens_with_keys_on_the_host(sampled):
     tokenizer, model = loaded(torch.float32)
     case = Case(model, dict(prompt(tokenizer, 400, 3)), dict(max_new_tokens=24, do_sample=sampled))
