@@ -33,13 +33,14 @@ def short(about: Record, records: list[Record]) -> list[str]:
     timed = [r for r in records if r["part"] == "speed" and r["status"] == "ok"]
     if drafting:
         sizes = sorted({record["tokens"] for record in drafting})
-        texts = {(r["kind"], r["task"], r["tokens"]) for r in drafting}
+        # All keys of a short text are few: what drafts leave out shows on the longest alone.
+        longest = [record for record in drafting if record["tokens"] == sizes[-1]]
+        texts = {(r["kind"], r["task"]) for r in longest}
         lines = [
-            f"Of the drafts for {len(texts)} answers about "
-            f"{' and '.join(f'{size:,}' for size in sizes)} tokens, 4 a round, the dense model "
-            f"accepts {_shares(drafting)}. "
-            f"{sum(r['identical'] for r in drafting):,} of {len(drafting):,} drafted answers were "
-            "the unpatched model's."
+            f"Of the drafts for {len(texts)} answers about {sizes[-1]:,} tokens, 4 a round, the "
+            f"dense model accepts {_shares(longest)}. "
+            f"{sum(r['identical'] for r in drafting):,} of {len(drafting):,} drafted answers "
+            f"about {' and '.join(f'{size:,}' for size in sizes)} tokens were the unpatched model's."
         ]
     elif timed:
         lines = _speed(timed, ("dense path", "look-ups", "auto", "prompt lookup"))

@@ -48,8 +48,7 @@ def _joined(parts: list[Tensor], dim: int) -> Tensor:
 
 def _one(attending: Attending, rows: slice, token: int, length: int) -> Tensor:
     """``[rows, 1, Hq, D]``, of a token that is the `length`-th of its row."""
-    window = attending.layer.window
-    first = 0 if window is None else max(0, length - window)
+    first = attending.first_seen(length)
     result = attending.dense(
         attending.module,
         attending.query[rows, :, token : token + 1],

@@ -68,6 +68,11 @@ class Attending:
         """Whether nothing but a scale changes the logits."""
         return self.given.get("s_aux") is None and self.given.get("softcap") is None
 
+    def first_seen(self, length: int) -> int:
+        """The first position that the `length`-th token of a row sees."""
+        window = self.layer.window
+        return 0 if window is None else max(0, length - window)
+
     def __call__(self) -> Result:
         running, query = self.running, self.query
         if running.phase == "prefill":
@@ -161,8 +166,7 @@ def _one_read(attending: Attending) -> Tensor:
     """
     query, key, lengths = attending.query, attending.key, attending.running.alone
     assert lengths is not None
-    stop, window = lengths[0] + 1, attending.layer.window
-    seen = slice(0 if window is None else max(0, stop - window), stop)
+    seen = slice(attending.first_seen(lengths[0] + 1), lengths[0] + 1)
     out = nn.functional.scaled_dot_product_attention(
         query.reshape(1, key.shape[1], -1, query.shape[-1]),
         key[:, :, seen],

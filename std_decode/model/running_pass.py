@@ -32,8 +32,8 @@ class Pass:
         rescore: whether verification hands out scores for a new selection.
         alone: each row's length before the pass, where every token attends by the model's own
             function as plain decoding has it: alone, on the CPU; else None.
-        one_read: whether a token alone reads K and V once for all query heads of a KV head, where
-            that rounds otherwise.
+        one_read: whether the one token of a pass reads K and V once for the query heads of a KV
+            head, which rounds otherwise than the model's own function.
         twins: whose 4-bit weights the pass reads (`std_decode.weights.twins.Twins`), or None.
         products: how its products are made (`std_decode.weights.products.Products`), or None.
         fused: whose layers run fused (`std_decode.admission.fusing.Fused`), or None.

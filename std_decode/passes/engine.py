@@ -129,7 +129,7 @@ class Engine:
         self.compiled = compile_pass(forward) if compiles else None
         # What is captured must not depend on a length that the host knows.
         on_cpu = self.graphs is None and self.cache.lengths.device.type == "cpu"
-        self.own_attention = on_cpu and kv_start is None and promise.kind == "rounded"
+        self.one_read = on_cpu and kv_start is None and promise.kind == "rounded"
         self.reselects = (
             self.wants_reselection and selection is not None and not selection.complete
         )
@@ -343,7 +343,7 @@ class Engine:
             for group in self.groups:
                 group.note_lse(self.cache.ahead)
             return logits
-        running.one_read = tokens.numel() == 1 and self.own_attention
+        running.one_read = tokens.numel() == 1 and self.one_read
         if running.one_read or self.promise.kind == "unpatched":
             running.alone = self.cache.lengths.tolist()
         # A compiler fuses what portions would be of, and rounds alike wherever a token is.

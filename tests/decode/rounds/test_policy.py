@@ -10,6 +10,7 @@ from statistics import mean, median
 
 import pytest
 
+import std_decode
 from std_decode.costs.workload import Workload, expected_tokens
 from std_decode.rounds import policy as policies
 from std_decode.rounds.policy import FEW, LENGTHS, Policy
@@ -132,6 +133,20 @@ def test_an_answer_known_to_be_short_loses_less(tokens, lost_at_most):
     known, unknown = lost(tokens), lost(None)
     assert max(known) <= lost_at_most < max(unknown)
     assert mean(known) < mean(unknown)
+
+
+def test_a_call_says_how_many_tokens_it_may_give(make_case, monkeypatch):
+    case, begin, known = make_case("llama", 1), Policy.begin, []
+
+    def note(self, *call):
+        known.append(call[-1])
+        return begin(self, *call)
+
+    monkeypatch.setattr(Policy, "begin", note)
+    with std_decode.patched(case.model):
+        for most in (5, 9):
+            case.generate(max_new_tokens=most)
+    assert known == [5, 9]
 
 
 def test_all_of_the_grid_is_close_to_the_best_length():
