@@ -40,7 +40,8 @@ def short(about: Record, records: list[Record]) -> list[str]:
             f"Of the drafts for {len(texts)} answers about {sizes[-1]:,} tokens, 4 a round, the "
             f"dense model accepts {_shares(longest)}. "
             f"{sum(r['identical'] for r in drafting):,} of {len(drafting):,} drafted answers "
-            f"about {' and '.join(f'{size:,}' for size in sizes)} tokens were the unpatched model's."
+            f"about {' and '.join(f'{size:,}' for size in sizes)} tokens were the unpatched "
+            "model's."
         ]
     elif timed:
         lines = _speed(timed, ("dense path", "look-ups", "auto", "prompt lookup"))
