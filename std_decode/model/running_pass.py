@@ -32,8 +32,8 @@ class Pass:
         rescore: whether verification hands out scores for a new selection.
         alone: each row's length before the pass, where every token attends by the model's own
             function as plain decoding has it: alone, on the CPU; else None.
-        one_read: whether the one token of a pass reads K and V once for the query heads of a KV
-            head, which rounds otherwise than the model's own function.
+        one_read: the length before the pass of the one row whose tokens read K and V once for the
+            query heads of a KV head, which rounds otherwise than the model's own function; or None.
         twins: whose 4-bit weights the pass reads (`std_decode.weights.twins.Twins`), or None.
         products: how its products are made (`std_decode.weights.products.Products`), or None.
         fused: whose layers run fused (`std_decode.admission.fusing.Fused`), or None.
@@ -42,6 +42,7 @@ class Pass:
         padding: how many of its last tokens are there for the shape's sake only.
         asked: how the model asks for masks, by sliding window,
         masks: and those that were made for a token, by window and length.
+        biases: which of a row's tokens sees which key, by query heads of a KV head, keys and window.
     """
 
     phase: Phase
@@ -51,7 +52,7 @@ class Pass:
     partial: bool = False
     rescore: bool = False
     alone: list[int] | None = None
-    one_read: bool = False
+    one_read: int | None = None
     twins: object = None
     products: object = None
     fused: object = None
@@ -59,6 +60,7 @@ class Pass:
     padding: int = 0
     asked: dict[int | None, dict[str, Any]] = field(default_factory=dict)
     masks: dict[tuple[int | None, int], Any] = field(default_factory=dict)
+    biases: dict[tuple[int, int, int | None], Tensor] = field(default_factory=dict)
 
 
 class _EagerPass:

@@ -343,9 +343,11 @@ class Engine:
             for group in self.groups:
                 group.note_lse(self.cache.ahead)
             return logits
-        running.one_read = tokens.numel() == 1 and self.one_read
-        if running.one_read or self.promise.kind == "unpatched":
-            running.alone = self.cache.lengths.tolist()
+        one_read = len(tokens) == 1 and self.one_read
+        if one_read or self.promise.kind == "unpatched":
+            lengths = self.cache.lengths.tolist()
+            running.one_read = lengths[0] if one_read else None
+            running.alone = lengths if tokens.shape[1] == 1 or not one_read else None
         # A compiler fuses what portions would be of, and rounds alike wherever a token is.
         portions = None if self.compiled is not None else self.promise.portions(*tokens.shape)
         for group in self.groups if rescore else ():
