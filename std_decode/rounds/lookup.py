@@ -11,7 +11,9 @@ whether the look-up before it would have been right.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from copy import deepcopy
+from math import prod
 
 import torch
 from torch import Tensor
@@ -24,31 +26,49 @@ NOT_TEXT = -1  # a token that is no draft: of a video or an image, or masked
 SUPPOSED = {8: 0.5, 4: 0.3, 2: 0.15, 1: 0.05}
 SUPPOSED_TOKENS = 4.0  # how many tokens' worth that supposition is,
 MEMORY = 0.98  # and the weight that is left to what was seen after one more token
+# What the look-up before a token was, when the token came: none (in prompts none is tried),
+# wrong or right. It tells of the next look-up that leads to that token.
+NONE, WRONG, RIGHT = range(3)
+ODDS = (1.0, 1 / 3, 3.0)  # factors on the odds of that, before any such was seen,
+ODDS_TOKENS = 8.0  # and how many tokens' worth these are
+UNLIKELY = 1e-3  # that so many drafts are right: what more of them add is not worth adding up
 
 
 class Chances:
-    """How often the token that was looked up came next, by the size of the n-gram before it."""
+    """How often the token that was looked up came next.
+
+    By the size of the n-gram before it, and by that and whether the look-up led to it before.
+    Where a text has a form, the same look-ups are right and wrong again and again: of a table's
+    row, those that lead to the bars and not those that lead to the numbers.
+    """
 
     def __init__(self) -> None:
         self.right = {size: SUPPOSED_TOKENS * chance for size, chance in SUPPOSED.items()}
         self.seen = dict.fromkeys(SIZES, SUPPOSED_TOKENS)
+        self.right_after = {size: [0.0, 0.0, 0.0] for size in SIZES}
+        self.seen_after = {size: [0.0, 0.0, 0.0] for size in SIZES}
 
-    def observe(self, size: int, right: bool) -> None:
+    def observe(self, size: int, before: int, right: bool) -> None:
+        """That a look-up which was once `before` (NONE, WRONG, RIGHT) was right, or was not."""
         self.right[size] = MEMORY * self.right[size] + right
         self.seen[size] = MEMORY * self.seen[size] + 1
+        after, seen = self.right_after[size], self.seen_after[size]
+        after[before], seen[before] = MEMORY * after[before] + right, MEMORY * seen[before] + 1
 
-    def along(self, size: int, count: int) -> list[float]:
-        """That each of `count` drafts after such an n-gram is right if those before it are."""
-        if not size:
-            return [0.0] * count
-        chances = {n: self.right[n] / self.seen[n] for n in SIZES}
+    def of(self, size: int, before: int) -> float:
+        """That such a look-up is right."""
+        odds = ODDS[before] * self.right[size]
+        supposed = ODDS_TOKENS * odds / (odds + self.seen[size] - self.right[size])
+        seen = ODDS_TOKENS + self.seen_after[size][before]
+        return (supposed + self.right_after[size][before]) / seen
+
+    def along(self, size: int, before: Sequence[int]) -> Iterator[float]:
+        """That each of the drafts after such an n-gram is right if those before it are."""
         # With each draft that is right the n-gram grows by one.
-        return [chances[_class(size + i)] for i in range(count)]
+        return (self.of(_class(size + i), outcome) for i, outcome in enumerate(before))
 
     def copy(self) -> Chances:
-        other = Chances()
-        other.right, other.seen = dict(self.right), dict(self.seen)
-        return other
+        return deepcopy(self)
 
 
 def _class(length: int) -> int:
@@ -60,6 +80,7 @@ class Text:
 
     Attributes:
         tokens: prompt and answer.
+        outcomes: what the look-up before each was: NONE, WRONG or RIGHT.
         newest: by size, then by the hash of an n-gram, where its newest occurrence ended. The
             newest tokens themselves are in it as soon as it is known what follows.
         size, start: of the longest n-gram that the text ends with and that stood before, and
@@ -68,6 +89,7 @@ class Text:
 
     def __init__(self, tokens: list[int]):
         self.tokens = tokens
+        self.outcomes = bytearray(len(tokens))
         before = tokens[:-1]
         self.newest = {
             size: dict(
@@ -80,6 +102,10 @@ class Text:
     def append(self, token: int) -> None:
         for size, key in self.keys.items():
             self.newest[size][key] = len(self.tokens)
+        outcome = NONE
+        if self.size:
+            outcome = RIGHT if self.tokens[self.start] == token else WRONG
+        self.outcomes.append(outcome)
         self.tokens.append(token)
         self._look_up()
 
@@ -98,50 +124,57 @@ class Text:
         """What followed then, at most so many tokens; none where nothing was found."""
         if not self.size:
             return []
-        # Where that runs into the end of the text, it goes on with the drafts themselves.
-        text = self.tokens[self.start : self.start + most]
-        period = len(self.tokens) - self.start
-        drafts = [text[i % period] for i in range(most)]
+        drafts = self._onwards(self.tokens, most)
         return drafts[: drafts.index(NOT_TEXT)] if NOT_TEXT in drafts else drafts
+
+    def before(self, most: int) -> list[int]:
+        """What the look-ups that led to these tokens were, `most` of them."""
+        return self._onwards(self.outcomes, most) if self.size else []
+
+    def _onwards(self, tokens: Sequence[int], most: int) -> list[int]:
+        # Where that runs into the end of the text, it goes on with the drafts themselves.
+        found = tokens[self.start : self.start + most]
+        period = len(tokens) - self.start
+        return [found[i % period] for i in range(most)]
 
 
 class Found:
     """What the rows that go on have found, for a policy to weigh.
 
     Args:
-        sizes: of each row's n-gram, 0 where it found none.
+        texts: of these rows.
         together: whether all rows advance by the smallest acceptance.
     """
 
-    def __init__(self, sizes: Sequence[int], chances: Chances, together: bool = False):
-        self.sizes, self.chances, self.together = sizes, chances, together
+    def __init__(self, texts: Sequence[Text], chances: Chances, together: bool = False):
+        self.texts, self.chances, self.together = texts, chances, together
 
     @property
     def everywhere(self) -> bool:
-        return all(self.sizes)
+        return all(text.size for text in self.texts)
 
     def expected(self, count: int) -> list[float]:
         """Tokens that a row may expect of a round of 0 to `count` drafts, on average."""
-        tokens = [0.0] * (count + 1)
-        rows = Counter(self.sizes)
+        rows = Counter((text.size, tuple(text.before(count))) for text in self.texts)
+        along = [self.chances.along(*found) for found in rows]
         if self.together:
-            alike = [1.0] * count
-            for size, times in rows.items():
-                along = self.chances.along(size, count)
-                alike = [all_of * chance**times for all_of, chance in zip(alike, along)]
-            return _expected(alike)
-        for size, times in rows.items():
-            own = _expected(self.chances.along(size, count))
-            tokens = [sum_of + times * one for sum_of, one in zip(tokens, own)]
-        return [sum_of / len(self.sizes) for sum_of in tokens]
+            times = tuple(rows.values())
+            alike = (prod(p**n for p, n in zip(each, times)) for each in zip(*along))
+            return _expected(alike, count)
+        tokens = [0.0] * (count + 1)
+        for own, times in zip(along, rows.values()):
+            tokens = [sum_of + times * one for sum_of, one in zip(tokens, _expected(own, count))]
+        return [sum_of / len(self.texts) for sum_of in tokens]
 
 
-def _expected(chances: list[float]) -> list[float]:
+def _expected(chances: Iterable[float], count: int) -> list[float]:
     expected, all_right = [1.0], 1.0
     for chance in chances:
         all_right *= chance
+        if all_right < UNLIKELY:
+            break
         expected.append(expected[-1] + all_right)
-    return expected
+    return expected + expected[-1:] * (count + 1 - len(expected))
 
 
 class Lookup:
@@ -163,19 +196,20 @@ class Lookup:
         text = self.texts[row]
         for token in tokens:
             if text.size:
-                self.chances.observe(text.size, text.tokens[text.start] == token)
+                before = text.outcomes[text.start]
+                self.chances.observe(text.size, before, text.tokens[text.start] == token)
             text.append(token)
 
     def found(self, rows: Sequence[int]) -> Found | None:
         """What these rows have found, or None where no row has found anything."""
-        sizes = [self.texts[row].size for row in rows]
-        return Found(sizes, self.chances) if any(sizes) else None
+        texts = [self.texts[row] for row in rows]
+        return Found(texts, self.chances) if any(text.size for text in texts) else None
 
     def found_together(self, rows: Sequence[int], most: int) -> Found | None:
         """The same where all rows advance as one: None unless each has `most` drafts."""
         if not rows or any(len(self.texts[row].drafts(most)) < most for row in rows):
             return None
-        return Found([self.texts[row].size for row in rows], self.chances, together=True)
+        return Found([self.texts[row] for row in rows], self.chances, together=True)
 
     def drafts(self, rows: Sequence[int], count: int) -> list[list[int]]:
         """What each row drafts, at most `count` tokens; only `rows` draft anything."""

@@ -11,6 +11,7 @@ import std_decode
 from std_decode.rounds.lookup import Chances, Found, Lookup
 from std_decode.rounds.lookup_length import COMPILED_LOOKUP_LENGTHS, LOOKUP_LENGTHS
 from std_decode.rounds.policy import DraftLength, FixedLength
+from tests.decode.matches import Match
 from tests.decode.observers import Streams, Watches
 from tests.decode.test_modes import ending
 from tests.decode.test_second_question import ask_twice
@@ -90,7 +91,7 @@ def told(monkeypatch):
         answers = case.generate(**options)[:, prompt:].tolist()
 
         def found(lookup, rows, *most):
-            return Found([8] * len(rows), Chances())
+            return Found([Match(8)] * len(rows), Chances())
 
         def drafts(lookup, rows, count):
             each = [[] for _ in answers]

@@ -9,6 +9,7 @@ from std_decode.passes import pool
 from std_decode.rounds.lookup import Found, Lookup
 from tests.decode.conftest import make_case  # noqa: F401
 from tests.decode.families import base
+from tests.decode.matches import Match
 from tests.pretend_gpu.ledger import ledger
 
 pytestmark = [
@@ -117,7 +118,7 @@ def test_look_ups_cost_a_copy_and_no_wait(on_gpu, monkeypatch, rows):
     def find(lookup, rows, count):  # what the model would draft is not at hand: any token
         return [[7] * count if row in rows else [] for row in range(len(lookup.texts))]
 
-    monkeypatch.setattr(Lookup, "found", lambda self, rows: Found([8], self.chances))
+    monkeypatch.setattr(Lookup, "found", lambda self, rows: Found([Match(8)], self.chances))
     monkeypatch.setattr(Lookup, "drafts", find)
     case = on_gpu("llama", rows, prompt_lookup=True)
     few, many = counted(case, 11), counted(case, 41)

@@ -13,9 +13,10 @@ import pytest
 import torch
 
 from std_decode.rounds import policy as policies
-from std_decode.rounds.lookup import Found, Lookup
+from std_decode.rounds.lookup import NONE, Found, Lookup
 from std_decode.rounds.lookup_length import LOOKUP_LENGTHS
 from std_decode.rounds.policy import LENGTHS, Policy
+from tests.decode.matches import Match
 from tests.decode.rounds.test_policy import workload
 
 PROMPT, ANSWER = 400, 512
@@ -176,8 +177,8 @@ def taught():
         length.observe(0, {0: 0}, 0.0, 1.0, 1.0)
     length.next_trial = float("inf")
     for _ in range(40):
-        length.chances.observe(8, True)
-    return length, Found([8], length.chances)
+        length.chances.observe(8, NONE, True)
+    return length, Found([Match(8)], length.chances)
 
 
 def test_a_round_that_something_slowed_speaks_for_nothing():
@@ -225,12 +226,12 @@ def test_a_call_begins_with_what_others_learnt():
     policy = Policy()
     length = policy.begin(workload(0.5), 1)
     for _ in range(100):
-        length.chances.observe(2, True)
+        length.chances.observe(2, NONE, True)
     assert policy.chances.right[2] < 1  # until it ends
     length.end()
     following = policy.begin(workload(0.5), 1)
     assert following.chances.right[2] / following.chances.seen[2] > 0.9
-    following.chances.observe(2, False)
+    following.chances.observe(2, NONE, False)
     assert policy.chances.right[2] == length.chances.right[2]
 
 
