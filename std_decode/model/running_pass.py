@@ -33,7 +33,7 @@ class Pass:
         alone: each row's length before the pass, where every token attends by the model's own
             function as plain decoding has it: alone, on the CPU; else None.
         one_read: the length before the pass of the one row whose tokens read K and V once for the
-            query heads of a KV head, which rounds otherwise than the model's own function; or None.
+            query heads of a KV head (the model's own function rounds otherwise), or None.
         twins: whose 4-bit weights the pass reads (`std_decode.weights.twins.Twins`), or None.
         products: how its products are made (`std_decode.weights.products.Products`), or None.
         fused: whose layers run fused (`std_decode.admission.fusing.Fused`), or None.
@@ -42,7 +42,8 @@ class Pass:
         padding: how many of its last tokens are there for the shape's sake only.
         asked: how the model asks for masks, by sliding window,
         masks: and those that were made for a token, by window and length.
-        biases: which of a row's tokens sees which key, by query heads of a KV head, keys and window.
+        biases: and which of a row's tokens sees which key, by query heads of a KV head, number of
+            keys and window.
     """
 
     phase: Phase
