@@ -158,8 +158,7 @@ class Found:
         rows = Counter((text.size, tuple(text.before(count))) for text in self.texts)
         along = [self.chances.along(*found) for found in rows]
         if self.together:
-            times = tuple(rows.values())
-            alike = (prod(p**n for p, n in zip(each, times)) for each in zip(*along))
+            alike = (prod(p**n for p, n in zip(each, rows.values())) for each in zip(*along))
             return _expected(alike, count)
         tokens = [0.0] * (count + 1)
         for own, times in zip(along, rows.values()):
