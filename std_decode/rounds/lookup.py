@@ -25,7 +25,7 @@ NOT_TEXT = -1  # a token that is no draft: of a video or an image, or masked
 # Chance that a look-up is right, before any was seen: low, for they show it without being used;
 SUPPOSED = {8: 0.5, 4: 0.3, 2: 0.15, 1: 0.05}
 SUPPOSED_TOKENS = 4.0  # how many tokens' worth that supposition is,
-MEMORY = 0.98  # and the weight that is left to what was seen after one more token
+MEMORY = 0.99  # and the weight that is left to what was seen after one more token
 # What the look-up before a token was, when the token came: none (in prompts none is tried),
 # wrong or right. It tells of the next look-up that leads to that token.
 NONE, WRONG, RIGHT = range(3)
