@@ -41,8 +41,9 @@ ONE_ROUND = 3.0  # or this many dense steps' worth, of which only a short answer
 CREDIT = 10.0  # dense steps' worth, of what drafts gained, that may be lost where the text changes
 FEW = 3  # dense steps that have to be timed before anything is compared with them,
 REFRESH = 48  # and rounds after which one is timed again,
-SOON = 6  # or where the newest few differ,
-ALIKE = 1.1  # by more than this factor
+SOON = 6  # or where the newest few differ
+ALIKE = 1.1  # by more than this factor, or all are of an earlier call;
+CLEAR = 2.0  # but not so soon where drafts promise so many times as much as a dense step
 LOOK = 8  # dense steps from one weighing up to the next, while it comes to no drafts
 FIRST = 16  # tokens before the first trial: right after a prompt all steps are slow
 PAUSE = 64  # dense steps between two trials at first; twice as many after each
@@ -174,8 +175,8 @@ class DraftLength:
         self.agreed = [SUPPOSED_DRAFTS * policy.acceptance] * rows
         self.tried = [SUPPOSED_DRAFTS] * rows
         self.length = 0  # of the newest round, but for those that were looked up
-        # Rounds; what an earlier call timed is soon timed again.
-        self.since_dense = REFRESH - SOON if times.dense else 0
+        self.since_dense = 0  # rounds
+        self.timed_here = not times.dense  # whether a dense step was; else one soon is
         self.steps = 0.0  # tokens a row has got,
         self.behind = policy.behind  # and dense steps' worth of time that it took more than those
         # What took too long or too short, to be believed if it is so again.
@@ -215,10 +216,11 @@ class DraftLength:
         Notes whether that is to time a dense step, and how many tokens it promises in the time of
         one.
         """
-        self.trying, self.promised = False, 1.0
+        promised, self.trying, self.promised = self.promised, False, 1.0
         newest = list(self.times.dense)[-FEW:]
         alike = len(newest) == FEW and max(newest) <= ALIKE * min(newest)
-        measure = len(newest) < FEW or self.since_dense >= (REFRESH if alike else SOON)
+        known = self.timed_here and alike or promised >= CLEAR
+        measure = len(newest) < FEW or self.since_dense >= (REFRESH if known else SOON)
         self.measuring = measure or self.doubted_dense is not None
         if self.measuring or self.steps < self.next_look:
             return 0
@@ -311,7 +313,7 @@ class DraftLength:
             return
         self.length = gamma
         if gamma == 0:
-            self.since_dense = 0
+            self.since_dense, self.timed_here = 0, True
             keep = STALE if min(self.tried) > FAINT else 1.0
             self.agreed = [keep * x for x in self.agreed]
             self.tried = [keep * x for x in self.tried]

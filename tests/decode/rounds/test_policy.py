@@ -290,3 +290,22 @@ def test_a_call_begins_with_what_others_learnt():
         assert bool(length.times.draft) == ("batch" not in other)
         assert length.choose([0]) == 0
     assert policy.begin(workload(0.1, context=1010), 1).times.dense  # about as long: the same
+
+
+@pytest.mark.parametrize(("draft", "soon"), [(0.02, False), (0.5, True)])
+def test_dense_steps_are_timed_again_where_it_might_change_the_choice(draft, soon):
+    """Where weights are fetched over a link, say, a call has some ten passes, and drafts promise
+    four times as much: a dense step more would cost a tenth, and tell nothing."""
+    policy = Policy()
+    Run(policy.begin(workload(draft), 1), draft, (1.0, 0.01)).go(0.9, 200).length.end()
+    again = Run(policy.begin(workload(draft), 1), draft, (1.0, 0.01)).go(0.9, 700)
+    steps = [i for i, gamma in enumerate(again.chosen) if gamma == 0]
+    first = policies.SOON if soon else policies.REFRESH
+    assert steps[0] == first
+
+
+def test_what_changes_is_timed_at_once_however_clear_it_was():
+    policy = Policy()
+    Run(policy.begin(workload(0.02), 1), 0.02, (1.0, 0.01)).go(0.9, 200).length.end()
+    other = Run(policy.begin(workload(0.02), 1), 2.0, (1.0, 0.01)).go(0.9, 60)  # the link is gone
+    assert 0 in other.chosen[:4] and set(other.chosen[-10:]) == {0}
