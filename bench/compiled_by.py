@@ -6,7 +6,7 @@ import re
 from itertools import count
 
 # Columns of a table of `bench compile`: what a kernel is, and what the compiler made of it.
-_IS, _MADE = slice(0, 6), slice(6, 11)
+_IS, _MADE = slice(0, 6), slice(6, 12)
 
 Key = tuple[str, ...]
 
@@ -19,7 +19,7 @@ def version(text: str) -> str:
 
 
 def kernels(text: str) -> dict[Key, list[str]]:
-    """Registers, spills, shared memory, loads and matrix instructions of each kernel of a page.
+    """Registers, spills, shared memory, loads, matrix instructions and verdict of each kernel.
 
     Kernels that share all names, for their options, are told apart by their order.
     """
@@ -47,14 +47,15 @@ def differences(kept: str, new: str) -> str:
         f"The rest is as [compile.md](compile.md) has it from Triton {version(kept)},",
         "whose numbers the launch table names.",
         "",
-        f"{len(changed)} of {len(before | after)} kernels.",
+        f"{len(changed)} of {len(before | after)} kernels. Of all that it compiled "
+        f"{sum(made[-1] != 'ok' for made in after.values())} have problems.",
         "",
         "| target | op | kernel | dtype | D | tile | warps, stages "
-        "| registers | spills | shared | loop loads | matrix |",
-        "|" + 12 * "---|",
+        "| registers | spills | shared | loop loads | matrix | verdict |",
+        "|" + 13 * "---|",
     ]
     for key in changed:
-        pairs = zip(before.get(key, ["-"] * 5), after.get(key, ["-"] * 5))
+        pairs = zip(before.get(key, ["-"] * 6), after.get(key, ["-"] * 6))
         cells = (old if old == now else f"{old} → {now}" for old, now in pairs)
         lines.append(f"| {' | '.join((*key[:-1], *cells))} |")
     return "\n".join(lines) + "\n"

@@ -32,6 +32,14 @@ def test_a_number_that_changed_is_told_with_both():
     assert f"| {registers} → 999 |" in row and row.count("→") == 1
 
 
+def test_problems_are_counted_and_told():
+    old = next(line for line in KEPT.splitlines() if line.startswith("| verify_attention |"))
+    assert old.endswith(" | ok |")
+    page = differences(KEPT, KEPT.replace(old, old[: -len("ok |")] + "fails |", 1))
+    (row,) = rows(page)
+    assert row.endswith("| ok → fails |") and " compiled 1 have problems.\n" in page
+
+
 def test_a_kernel_that_only_one_has_is_told():
     old = next(line for line in KEPT.splitlines() if line.startswith("| verify_attention | merge"))
     # The last of those that share its names goes: the others keep their order.
