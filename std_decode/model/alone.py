@@ -27,7 +27,7 @@ def each_alone(attending: Attending, lengths: list[int]) -> Result:
     """
     layer, query, cache = attending.layer, attending.query, attending.running.cache
     batch, count = len(query), query.shape[2]
-    if attending.running.rescore and layer.window is None:
+    if attending.scored:
         kv_len, kv_start = cache.span.kv_len, cache.kv_start
         layer.weigh(
             score_keys(query, attending.key, kv_len, kv_start=kv_start, **attending.options)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from std_decode.model import one_read
 from std_decode.model.alone import each_alone
 from std_decode.model.cache import BufferLayer, SparseToDenseCache
 from std_decode.model.running_pass import Pass
@@ -22,9 +22,6 @@ from std_kernels import (
     verify_attention,
     verify_attention_with_scores,
 )
-
-# What one call may be told of which token sees which key: 4 MiB in float32.
-MOST_BIASES = 1 << 20
 
 Result = tuple[Tensor, Tensor | None]  # [B, T, Hq, D], and what a model's own attention adds
 
@@ -73,14 +70,9 @@ class Attending:
         return self.given.get("s_aux") is None and self.given.get("softcap") is None
 
     @property
-    def reads_once(self) -> bool:
-        """Whether K and V are read by one plain call, which tells nothing of the keys."""
-        running, length = self.running, self.running.one_read
-        if length is None or not self.is_plain or running.rescore and self.layer.window is None:
-            return False
-        count, groups = self.query.shape[2], self.query.shape[1] // self.key.shape[1]
-        seen = length + count - self.first_seen(length + 1)
-        return count == 1 or groups * count * seen <= MOST_BIASES
+    def scored(self) -> bool:
+        """Whether this verification hands out scores of the prompt's keys."""
+        return self.running.rescore and self.layer.window is None
 
     def first_seen(self, length: int) -> int:
         """The first position that the `length`-th token of a row sees."""
@@ -99,8 +91,8 @@ class Attending:
                     self.layer.weigh_prompt(scores, query.shape[1])
                     self.layer.choose(running.selection, self.key, self.value)
             return self.dense(self.module, query, self.key, self.value, self.mask, **self.given)
-        if self.reads_once:
-            result = _one_read(self), None
+        if one_read.fits(self):
+            result = one_read.attend(self), None
         elif running.alone is not None:
             result = each_alone(self, running.alone)
         else:
@@ -152,7 +144,7 @@ def _verify(attending: Attending) -> Tensor:
     layer, query, cache = attending.layer, attending.query, attending.running.cache
     tensors = query, attending.key, attending.value, _on(query, cache.span.kv_len)
     kv_start = _on(query, cache.kv_start)
-    if attending.running.rescore and layer.window is None:
+    if attending.scored:
         room = layer.scores
         out, _, scores = verify_attention_with_scores(
             *tensors,
@@ -168,42 +160,6 @@ def _verify(attending: Attending) -> Tensor:
         *tensors, kv_start=kv_start, window=layer.window, **attending.options
     )
     return out
-
-
-def _one_read(attending: Attending) -> Tensor:
-    """Dense attention of the T newest tokens of one row on the CPU, ``[1, T, Hq, D]``.
-
-    The query heads of a KV head are queries of one call, so that K and V are read once for them.
-    One token of a 7B's layer (Hq 28, Hkv 4, D 128, float32, two threads) takes 0.47, 1.8 and
-    8.5 ms at 1,000, 4,000 and 16,000 keys; told of the groups, `scaled_dot_product_attention`
-    reads K and V for each query head and takes 0.64, 3.4 and 37 ms. Of several tokens at 1,000
-    keys it takes a half or a third of `verify_attention`, whose bits do not depend on T; at
-    16,000 the two are even.
-    """
-    query, key, length = attending.query, attending.key, attending.running.one_read
-    assert length is not None
-    count, kv_heads = query.shape[2], key.shape[1]
-    seen = slice(attending.first_seen(length + 1), length + count)
-    out = nn.functional.scaled_dot_product_attention(
-        query.reshape(1, kv_heads, -1, query.shape[-1]),
-        key[:, :, seen],
-        attending.value[:, :, seen],
-        attn_mask=_bias(attending, seen.stop - seen.start) if count > 1 else None,
-        scale=attending.given.get("scaling"),
-    )
-    return out.reshape(query.shape).transpose(1, 2).contiguous()
-
-
-def _bias(attending: Attending, keys: int) -> Tensor:
-    """0 where a query of a KV head sees a key, else -inf, ``[Hq / Hkv * T, keys]``."""
-    query, window, made = attending.query, attending.layer.window, attending.running.biases
-    groups, count = query.shape[1] // attending.key.shape[1], query.shape[2]
-    if (groups, keys, window) not in made:
-        bias = query.new_full((count, keys), -math.inf)
-        later = bias.triu(keys - count + 1)
-        earlier = 0 if window is None else bias.tril(keys - count - window)
-        made[groups, keys, window] = (later + earlier).repeat(groups, 1)
-    return made[groups, keys, window]
 
 
 def _on(query: Tensor, tensor: Tensor | None) -> Any:
