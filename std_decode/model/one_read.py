@@ -8,7 +8,7 @@ bits depend neither on T nor on what else is there, and both with scores.
     9, 3, 64      1,100     5     173,    323     208,    513
     9, 3, 64      8,100     5   2,059,  1,888   2,103,  2,832
     28, 4, 128    4,100     5   4,424,  5,070   5,425,  6,941
-    28, 4, 128   16,100     9       -       -  21,876, 36,973
+    28, 4, 128   16,100     5  18,725, 17,314  16,152, 26,340
     8, 8, 32     16,500     5   3,517,  3,846   4,472,  6,503
 
 A token alone takes 0.47, 1.8 and 8.5 ms in a 7B's layer (Hq 28, Hkv 4, D 128) at 1,000, 4,000 and
@@ -27,8 +27,8 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from std_decode.model.attention import Attending
 
-# What one call is told of which token sees which key, and what scores are made of, at most: 4 and
-# 32 MiB in float32. Beyond, `verify_attention` is as quick, or takes less memory.
+# What one call is told of which token sees which key, and what scores are made of, at most: 4 MiB
+# in float32, and twice 32. Beyond, `verify_attention` is as quick, or takes less memory.
 MOST_BIASES = 1 << 20
 MOST_LOGITS = 1 << 23
 
@@ -36,7 +36,8 @@ MOST_LOGITS = 1 << 23
 def fits(attending: Attending) -> bool:
     """Whether a layer's attention in this pass can be had so."""
     length, query = attending.running.one_read, attending.query
-    if length is None or not attending.is_plain:
+    # The lengths are on the CPU; a layer of a model on several devices need not be.
+    if length is None or query.device.type != "cpu" or not attending.is_plain:
         return False
     heads, count = query.shape[1:3]
     seen = length + count - attending.first_seen(length + 1)
@@ -70,12 +71,13 @@ def _bias(attending: Attending, seen: slice) -> Tensor:
     """0 where a query of a KV head sees a key, else -inf, ``[Hq / Hkv * T, keys]``."""
     query, window, made = attending.query, attending.layer.window, attending.running.biases
     keys, groups = seen.stop - seen.start, query.shape[1] // attending.key.shape[1]
-    if (groups, keys, window) not in made:
+    key = groups, keys, window, query.dtype
+    if key not in made:
         bias = _later(query, keys)
         if window is not None:
             bias += torch.full_like(bias, -math.inf).tril(keys - len(bias) - window)
-        made[groups, keys, window] = bias.repeat(groups, 1)
-    return made[groups, keys, window]
+        made[key] = bias.repeat(groups, 1)
+    return made[key]
 
 
 def _later(query: Tensor, keys: int) -> Tensor:
@@ -94,9 +96,10 @@ def _with_scores(attending: Attending, rows: Tensor, seen: slice) -> Tensor:
     own = logits.view(*query.shape[:3], -1)[..., -count:]
     own += _later(query, count)
     # +inf switches a row off. The finite floor keeps a masked logit less it at -inf, not NaN.
-    cut = layer.lse_estimate().to(query.device)
+    cut = layer.lse_estimate()
     cut = cut.nan_to_num(nan=math.inf, posinf=math.inf, neginf=torch.finfo(cut.dtype).min)
     share = (logits - cut.reshape(*rows.shape[:3], 1)).sigmoid_()
     layer.scores[..., seen.stop :] = 0.0
     torch.sum(share, 2, out=layer.scores[..., seen])
+    del share
     return logits.softmax(-1) @ attending.value[:, :, seen]

@@ -42,8 +42,7 @@ class Pass:
         padding: how many of its last tokens are there for the shape's sake only.
         asked: how the model asks for masks, by sliding window,
         masks: and those that were made for a token, by window and length.
-        biases: and which of a row's tokens sees which key, by query heads of a KV head, number of
-            keys and window.
+        biases: and which of a row's tokens sees which key, see `one_read`.
     """
 
     phase: Phase
@@ -61,7 +60,7 @@ class Pass:
     padding: int = 0
     asked: dict[int | None, dict[str, Any]] = field(default_factory=dict)
     masks: dict[tuple[int | None, int], Any] = field(default_factory=dict)
-    biases: dict[tuple[int, int, int | None], Tensor] = field(default_factory=dict)
+    biases: dict[tuple[int, int, int | None, torch.dtype], Tensor] = field(default_factory=dict)
 
 
 class _EagerPass:

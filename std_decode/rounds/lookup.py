@@ -10,9 +10,9 @@ whether the look-up before it would have been right.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from copy import deepcopy
+from itertools import count, islice
 from math import prod
 
 import torch
@@ -62,10 +62,10 @@ class Chances:
         seen = ODDS_TOKENS + self.seen_after[size][before]
         return (supposed + self.right_after[size][before]) / seen
 
-    def along(self, size: int, before: Sequence[int]) -> Iterator[float]:
-        """That each of the drafts after such an n-gram is right if those before it are."""
-        # With each draft that is right the n-gram grows by one.
-        return (self.of(_class(size + i), outcome) for i, outcome in enumerate(before))
+    def table(self) -> list[list[float]]:
+        """The same by the length of the n-gram, up to the longest that is looked up."""
+        of_class = {size: [self.of(size, before) for before in range(3)] for size in SIZES}
+        return [[], *(of_class[_class(length)] for length in range(1, SIZES[0] + 1))]
 
     def copy(self) -> Chances:
         return deepcopy(self)
@@ -124,18 +124,22 @@ class Text:
         """What followed then, at most so many tokens; none where nothing was found."""
         if not self.size:
             return []
-        drafts = self._onwards(self.tokens, most)
+        # Where that runs into the end of the text, it goes on with the drafts themselves.
+        text = self.tokens[self.start : self.start + most]
+        period = len(self.tokens) - self.start
+        drafts = [text[i % period] for i in range(most)]
         return drafts[: drafts.index(NOT_TEXT)] if NOT_TEXT in drafts else drafts
 
-    def before(self, most: int) -> list[int]:
-        """What the look-ups that led to these tokens were, `most` of them."""
-        return self._onwards(self.outcomes, most) if self.size else []
-
-    def _onwards(self, tokens: Sequence[int], most: int) -> list[int]:
-        # Where that runs into the end of the text, it goes on with the drafts themselves.
-        found = tokens[self.start : self.start + most]
-        period = len(tokens) - self.start
-        return [found[i % period] for i in range(most)]
+    def before(self) -> Iterator[int]:
+        """What the look-up that led to each of these was: NONE, WRONG or RIGHT."""
+        if not self.size:
+            return
+        period = len(self.tokens) - self.start
+        for i in count():
+            at = self.start + i % period
+            if self.tokens[at] == NOT_TEXT:
+                return
+            yield self.outcomes[at]
 
 
 class Found:
@@ -153,27 +157,33 @@ class Found:
     def everywhere(self) -> bool:
         return all(text.size for text in self.texts)
 
-    def expected(self, count: int) -> list[float]:
-        """Tokens that a row may expect of a round of 0 to `count` drafts, on average."""
-        rows = Counter((text.size, tuple(text.before(count))) for text in self.texts)
-        along = [self.chances.along(*found) for found in rows]
+    def expected(self, most: int) -> list[float]:
+        """Tokens that a row may expect of a round of 0 to `most` drafts, on average."""
+        table = self.chances.table()
+        along = [_along(text.size, text.before(), table) for text in self.texts]
         if self.together:
-            alike = (prod(p**n for p, n in zip(each, rows.values())) for each in zip(*along))
-            return _expected(alike, count)
-        tokens = [0.0] * (count + 1)
-        for own, times in zip(along, rows.values()):
-            tokens = [sum_of + times * one for sum_of, one in zip(tokens, _expected(own, count))]
+            return _expected(map(prod, zip(*along)), most)
+        tokens = [0.0] * (most + 1)
+        for own in along:
+            tokens = [sum_of + one for sum_of, one in zip(tokens, _expected(own, most))]
         return [sum_of / len(self.texts) for sum_of in tokens]
 
 
-def _expected(chances: Iterable[float], count: int) -> list[float]:
+def _along(size: int, before: Iterable[int], table: list[list[float]]) -> Iterator[float]:
+    """That each of the drafts after such an n-gram is right if those before it are."""
+    for outcome in before:
+        yield table[size][outcome]
+        size = min(size + 1, SIZES[0])  # with each draft that is right the n-gram grows by one
+
+
+def _expected(chances: Iterable[float], most: int) -> list[float]:
     expected, all_right = [1.0], 1.0
-    for chance in chances:
+    for chance in islice(chances, most):
         all_right *= chance
         if all_right < UNLIKELY:
             break
         expected.append(expected[-1] + all_right)
-    return expected + expected[-1:] * (count + 1 - len(expected))
+    return expected + expected[-1:] * (most + 1 - len(expected))
 
 
 class Lookup:

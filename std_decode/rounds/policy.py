@@ -313,11 +313,12 @@ class DraftLength:
             return
         self.length = gamma
         if gamma == 0:
-            self.since_dense, self.timed_here = 0, True
+            self.since_dense = 0
             keep = STALE if min(self.tried) > FAINT else 1.0
             self.agreed = [keep * x for x in self.agreed]
             self.tried = [keep * x for x in self.tried]
             if not first_use:
+                self.timed_here = True
                 self._learn_dense(rest)
             return
         for row, count in agreed.items():

@@ -7,6 +7,9 @@ import sys
 
 import pytest
 
+from std_decode import DecodeStats
+from std_decode.app.demo import hardly_drafted
+
 COMMAND = [sys.executable, "-m", "std_decode"]
 QUICK = ["--seconds", "6", "--events", "2"]
 
@@ -40,6 +43,14 @@ def test_demo_narrates_and_finds_the_tokens_identical(tmp_path, extra):
     assert ("hardly drafted" in done.stdout) == ("--draft-length" not in extra)
     if "--draft-length" in extra:
         assert (told["rounds"] > 0) == ("0" not in extra)
+
+
+def test_what_counts_as_hardly_drafted():
+    """Tokens of look-ups do not make up for those of drafts."""
+    by_drafts = DecodeStats(drafted=60, accepted=57, emitted=66)
+    by_look_ups = DecodeStats(drafted=61, lookup_drafted=60, accepted=30, lookup_accepted=30)
+    by_look_ups.emitted = 66
+    assert not hardly_drafted(by_drafts) and hardly_drafted(by_look_ups)
 
 
 def test_a_kept_clip_is_narrated_from_the_file(tmp_path):

@@ -1,6 +1,7 @@
 """Rows that have found something in their texts, without texts."""
 
 from dataclasses import dataclass
+from itertools import repeat
 
 from std_decode.rounds.lookup import NONE
 
@@ -17,5 +18,5 @@ class Match:
     size: int
     outcome: int = NONE
 
-    def before(self, most):
-        return [self.outcome] * most if self.size else []
+    def before(self):
+        return repeat(self.outcome) if self.size else iter(())

@@ -64,6 +64,8 @@ def test_no_pass_mixes_devices(rows, padded):
                 lambda logits, step: ids[:, 0],
                 {},
             )
+        # What was looked up is verified without scores.
+        engine.verify_looked_up(ids[:, :3], positions[:, 40:43], {})
     assert tokens.device == first and logits.device == second
     assert [layer.indices.device for layer in cache.layers] == [first, second, second]
     assert [len(group.layers) for group in engine.groups] == [1, 2]

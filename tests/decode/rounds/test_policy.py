@@ -309,3 +309,11 @@ def test_what_changes_is_timed_at_once_however_clear_it_was():
     Run(policy.begin(workload(0.02), 1), 0.02, (1.0, 0.01)).go(0.9, 200).length.end()
     other = Run(policy.begin(workload(0.02), 1), 2.0, (1.0, 0.01)).go(0.9, 60)  # the link is gone
     assert 0 in other.chosen[:4] and set(other.chosen[-10:]) == {0}
+
+
+def test_a_dense_step_that_was_captured_is_not_one_that_was_timed():
+    policy = Policy()
+    Run(policy.begin(workload(0.5), 1), 0.5, (1.0, 0.01)).go(0.9, 200).length.end()
+    again = policy.begin(workload(0.5), 1)
+    again.observe(0, {0: 0}, 0.0, 9.0, 1.0, first_use=True)
+    assert Run(again, 0.5, (1.0, 0.01)).go(0.9, 300).chosen.index(0) == policies.SOON
