@@ -89,6 +89,7 @@ class _Engine(Engine):
 
     def start(self, *arguments: Any, **options: Any) -> None:
         super().start(*arguments, **options)
+        self.one_read = False  # `_verify_with_rows` has to see each verification
         for layer in self.cache.layers:
             layer.rule = self.rule
 
