@@ -99,7 +99,8 @@ class Text:
         }
         self._look_up()
 
-    def append(self, token: int) -> None:
+    def append(self, token: int) -> int:
+        """Take note of a token; returns what the look-up before it was."""
         for size, key in self.keys.items():
             self.newest[size][key] = len(self.tokens)
         outcome = NONE
@@ -108,6 +109,7 @@ class Text:
         self.outcomes.append(outcome)
         self.tokens.append(token)
         self._look_up()
+        return outcome
 
     def _look_up(self) -> None:
         tail = tuple(self.tokens[-SIZES[0] :])
@@ -122,16 +124,14 @@ class Text:
 
     def drafts(self, most: int) -> list[int]:
         """What followed then, at most so many tokens; none where nothing was found."""
-        if not self.size:
-            return []
-        # Where that runs into the end of the text, it goes on with the drafts themselves.
-        text = self.tokens[self.start : self.start + most]
-        period = len(self.tokens) - self.start
-        drafts = [text[i % period] for i in range(most)]
-        return drafts[: drafts.index(NOT_TEXT)] if NOT_TEXT in drafts else drafts
+        return [self.tokens[at] for at in islice(self._onwards(), most)]
 
     def before(self) -> Iterator[int]:
         """What the look-up that led to each of these was: NONE, WRONG or RIGHT."""
+        return (self.outcomes[at] for at in self._onwards())
+
+    def _onwards(self) -> Iterator[int]:
+        """Where these stand: into the end of the text, and on with themselves."""
         if not self.size:
             return
         period = len(self.tokens) - self.start
@@ -139,7 +139,7 @@ class Text:
             at = self.start + i % period
             if self.tokens[at] == NOT_TEXT:
                 return
-            yield self.outcomes[at]
+            yield at
 
 
 class Found:
@@ -204,10 +204,10 @@ class Lookup:
         """Take note of the tokens that were chosen."""
         text = self.texts[row]
         for token in tokens:
-            if text.size:
-                before = text.outcomes[text.start]
-                self.chances.observe(text.size, before, text.tokens[text.start] == token)
-            text.append(token)
+            size, before = text.size, text.outcomes[text.start]
+            outcome = text.append(token)
+            if size:
+                self.chances.observe(size, before, outcome == RIGHT)
 
     def found(self, rows: Sequence[int]) -> Found | None:
         """What these rows have found, or None where no row has found anything."""

@@ -151,6 +151,20 @@ def test_it_scores_keys_as_the_op_does(newest, count, kv_heads):
     torch.testing.assert_close(layer.scores.double(), scores.double(), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_as_good_as_its_numbers(newest, dtype):
+    """Where no bits are promised: patch(reproducible=False)."""
+    attending = newest(7, window=30)
+    for name in ("query", "key", "value"):
+        setattr(attending, name, getattr(attending, name).to(dtype))
+    assert one_read.fits(attending)
+    out = one_read.attend(attending)
+    assert out.dtype == dtype
+    right, _ = exactly(attending, window=30)
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(out.double().transpose(1, 2), right, rtol=2 * eps, atol=2 * eps)
+
+
 def test_much_is_not_told_to_one_call(newest, monkeypatch):
     four, one, scored = newest(4, 1000), newest(1, 1000), newest(4, 1000, rescore=True)
     assert all(map(one_read.fits, (four, one, scored)))
